@@ -215,9 +215,7 @@ def run(arguments: argparse.Namespace) -> None:
     print(table(HEADERS, [cells(found) for found in rows]))
 
 
-def predictions(
-    arguments: argparse.Namespace, against: str | LoadedModel, text: str, bundle: Path
-) -> Predictor:
+def predictions(arguments: argparse.Namespace, against: str | LoadedModel, text: str, bundle: Path) -> Predictor:
     """The model's predictions, from the file or for it.
 
     Raises: UsageError for a bundle in the model's place, and for a file of other predictions.

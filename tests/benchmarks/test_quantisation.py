@@ -56,4 +56,3 @@ def test_predictions_are_kept(shared_export: Any, tmp_path: Path) -> None:
     np.testing.assert_array_equal(rows(keep_predictions(other, ids, stream, tmp_path / "kept.npy")), first)
     with refused("--keep: received predictions of"):
         keep_predictions(loaded, ids[:-1], stream, tmp_path / "kept.npy")
-

@@ -1,6 +1,6 @@
 """What SinkAttention nodes of a bundle for the CPU library must give, from the tokens that they were fed: float64.
 
-The rings of a bundle are not looked at: every layer's tokens are kept here, as the oracle does. The bound on an error is
+Rings of a bundle are not looked at: every layer's tokens are kept here, as the oracle does. The bound on an error is
 what rounding can add up to: of float32 operations, or of both matmuls' operands to bfloat16 where a chunk may do so.
 """
 
@@ -107,7 +107,7 @@ def read_node(node: Shown) -> Read:
         "frequency": fields["rotary_dim"] > 0,
         "num_valid": fields["has_num_valid"],
         **{name: fields[f"has_{name}"] for name in ("alibi", "sink_logit", "sink_scale", "gate")},
-        **{name: fields["qk_norm"] > 0 for name in ("q_norm", "k_norm")},
+        **dict.fromkeys(("q_norm", "k_norm"), fields["qk_norm"] > 0),
         "v_norm": fields["has_v_norm"],
         **{name: fields["turned_weights"] > i for i, name in enumerate(("q_turned", "k_turned"))},
     }
@@ -202,4 +202,3 @@ def _heads_first(out: np.ndarray, case: Case, fields: dict[str, Any]) -> torch.T
     if fields["packed_width"]:
         return values.reshape(1, values.shape[1], case.num_q_heads, case.value_size).transpose(1, 2)
     return values
-

@@ -6,6 +6,7 @@ how far a sum may be off, for who compares a kernel's results with them (cpu_jud
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Callable
 from typing import Any
@@ -161,19 +162,39 @@ def _activated(sums: Sums, width: int, fields: dict[str, Any]) -> Sums:
     return value * up * fields["multiplier"], off * abs(fields["multiplier"])
 
 
+def all_fields(attributes: dict[str, Any]) -> dict[str, Any]:
+    """Fields of a node by name: its attributes, or ``name=value`` of them all in the attribute ``fields``."""
+    found = {name: one.decode() if isinstance(one, bytes) else one for name, one in attributes.items()}
+    pairs = (pair.split("=", 1) for pair in found.pop("fields", "").split(",") if "=" in pair)
+    return found | {name: _parsed(text) for name, text in pairs}
+
+
+def _parsed(text: str) -> Any:
+    for kind in (int, float):
+        with contextlib.suppress(ValueError):
+            return kind(text)
+    return text
+
+
 class _Node(OpRun):
     op_domain = DOMAIN
     bits = 32
 
+    def _run(self, *inputs: Any, **attributes: Any) -> tuple[Any]:
+        return (self.computed(list(inputs), all_fields(attributes)).astype(np.float32),)
+
+    def computed(self, inputs: list[Any], fields: dict[str, Any]) -> np.ndarray:
+        raise NotImplementedError
+
 
 class FloatLinear(_Node):
-    def _run(self, x: Any, *inputs: Any, **fields: Any) -> tuple[Any]:
-        return (linear(x, list(inputs), fields, self.bits)[0].astype(np.float32),)
+    def computed(self, inputs: list[Any], fields: dict[str, Any]) -> np.ndarray:
+        return linear(inputs[0], inputs[1:], fields, self.bits)[0]
 
 
 class FloatRows(_Node):
-    def _run(self, ids: Any, *inputs: Any, **fields: Any) -> tuple[Any]:
-        return (rows_of_table(ids, list(inputs), fields, self.bits).astype(np.float32),)
+    def computed(self, inputs: list[Any], fields: dict[str, Any]) -> np.ndarray:
+        return rows_of_table(inputs[0], inputs[1:], fields, self.bits)
 
 
 def rows_of_table(ids: np.ndarray, inputs: list[Any], fields: dict[str, Any], bits: int) -> np.ndarray:
@@ -184,8 +205,8 @@ def rows_of_table(ids: np.ndarray, inputs: list[Any], fields: dict[str, Any], bi
 
 
 class FloatExpertLinear(_Node):
-    def _run(self, x: Any, picks: Any, *inputs: Any, **fields: Any) -> tuple[Any]:
-        return (expert_linear(x, picks, list(inputs), fields, self.bits)[0].astype(np.float32),)
+    def computed(self, inputs: list[Any], fields: dict[str, Any]) -> np.ndarray:
+        return expert_linear(inputs[0], inputs[1], inputs[2:], fields, self.bits)[0]
 
 
 def _narrower(parent: type[_Node], name: str, bits: int) -> type[_Node]:

@@ -97,4 +97,3 @@ def rounding(x: np.ndarray, matrix: np.ndarray, fields: dict[str, Any]) -> Sums:
     off = slack * (np.abs(values) @ np.abs(matrix.T)) + either_way @ np.abs(matrix.T)
     shape = (*x.shape[:-1], matrix.shape[0])
     return (values @ matrix.T).reshape(shape), off.reshape(shape)
-

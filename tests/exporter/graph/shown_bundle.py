@@ -15,12 +15,7 @@ import onnxruntime as ort
 from sinkexport.graph.operators import DOMAIN
 from sinkrt.contract import Manifest, load_manifest
 
-TYPES = {
-    onnx.TensorProto.INT64: np.int64,
-    onnx.TensorProto.FLOAT: np.float32,
-    onnx.TensorProto.FLOAT16: np.float16,
-    onnx.TensorProto.INT8: np.int8,
-}
+from tests.exporter.graph.cpu_evaluator import all_fields
 
 
 class Shown(NamedTuple):
@@ -65,7 +60,7 @@ class ShownGraph:
             Shown(
                 name=node.output[0],
                 kind=node.op_type,
-                fields={one.name: _field(one) for one in node.attribute},
+                fields=node_fields(node),
                 inputs=[values[name] for name in node.input],
                 outputs=[values[name] for name in node.output],
                 input_names=list(node.input),
@@ -79,22 +74,14 @@ class ShownGraph:
 
 
 class ShownBundle:
-    """Steps and chunks of a bundle of one stream, by kernels of one instruction set.
+    """Steps and chunks of a bundle of one stream, by kernels of one instruction set. nodes: of the last run."""
 
-    change: of each graph, before it is loaded.
-    """
-
-    def __init__(self, folder: Path, library: Path, isa: str, change: Any = None) -> None:
+    def __init__(self, folder: Path, library: Path, isa: str) -> None:
         self.manifest = load_manifest(folder)
         self.nodes: list[Shown] = []
-        """Of the last run."""
-        self._library, self._isa = library, isa
         models = {role: onnx.load(folder / graph.file) for role, graph in self.manifest.graphs.items()}
         with kernels(isa):
-            self._graphs = {
-                role: ShownGraph(model if change is None else change(model), self.manifest, library)
-                for role, model in models.items()
-            }
+            self._graphs = {role: ShownGraph(model, self.manifest, library) for role, model in models.items()}
         self.reset()
 
     def reset(self) -> None:
@@ -126,6 +113,6 @@ def kernels(isa: str) -> Iterator[None]:
         yield
 
 
-def _field(attribute: onnx.AttributeProto) -> Any:
-    value = onnx.helper.get_attribute_value(attribute)
-    return value.decode() if isinstance(value, bytes) else value
+def node_fields(node: onnx.NodeProto) -> dict[str, Any]:
+    """Fields of a node by name."""
+    return all_fields({one.name: onnx.helper.get_attribute_value(one) for one in node.attribute})
