@@ -10,7 +10,7 @@ recipe's own thresholds hold. Bundles are those named, and one for each recipe n
 folder. All must have the same S and W. MODEL is a model folder, a .gguf file, a Hub id, or a floating-point bundle;
 exporting needs a model. With --isa each bundle for the CPU library is measured by each of these sets of its kernels, as
 SINKEXPORT_CPU_ISA forces them: avx512_bf16, avx512_vnni, avx2_vnni, avx2, portable. With --chunks a bundle for the CPU
-library predicts by its prefill graph, chunk after chunk, not step by step: five times as fast, and what prompts get.
+library predicts by its prefill graph, chunk after chunk, not step by step: faster, and what prompts get.
 --keep keeps MODEL's predictions, 4 bytes for each token and vocabulary entry, and reads them the next time.
 """
 
