@@ -1,15 +1,18 @@
 // Matmuls by packed weights: rows are packed, then each thread takes a contiguous range of tiles.
 #include "linear_activation.h"
 #include "linear_pack.h"
+#include "linear_panel.h"
 #include "linear_segments.h"
 #include "linear_tile.h"
 
 namespace sinkexport::cpu::SINKEXPORT_ISA {
 namespace {
 
-constexpr int64_t kRowsAtATime = 240;       // of x, so that they stay in the second-level cache: a multiple of kRows
+constexpr int64_t kBytesAtATime = 768 * 1024;  // of packed rows of x: they stay in the second-level cache
 constexpr int64_t kPackedByEach = 1 << 13;  // values; fewer are packed by every thread for itself, with nobody waiting
 constexpr int64_t kAskedForFirst = 4096;    // bytes of weights that are on their way while a thread packs
+constexpr int64_t kTasksAThread = 16;       // of many rows: threads end at about the same time
+constexpr int64_t kLinesABlock = 6;         // of each tile's weights that a block of rows asks for
 constexpr int64_t kAhead = 6144;            // bytes from what is read to what is asked for
 
 int64_t smaller(int64_t a, int64_t b) {
@@ -45,7 +48,7 @@ struct Run {
   int64_t cost(const Segment& segment) const { return (segment.rows + format.largest_rows - 1) / format.largest_rows; }
 
   void plan(const Parallel& parallel) {
-    const int64_t finer = params.num_rows >= kRowsOfFewTasks ? 4 : 1;
+    const int64_t finer = params.num_rows >= kRowsOfFewTasks ? kTasksAThread : 1;
     const int64_t matrices = params.num_experts > 0 ? smaller(params.num_experts, params.num_rows) : 1;
     tasks = smaller(units() * matrices, parallel.threads > 1 ? finer * parallel.threads : 1);
     copies = params.num_rows * params.num_inputs <= kPackedByEach ? tasks : 1;
@@ -70,7 +73,7 @@ struct Run {
   }
 
   // Of one copy, rounded up to cache lines.
-  int64_t valueBytes() const { return (params.num_rows * format.padded_inputs * format.x_bytes + 63) / 64 * 64; }
+  int64_t valueBytes() const { return (params.num_rows * format.x_inputs * format.x_bytes + 63) / 64 * 64; }
   int64_t scaleCount() const { return (params.num_rows * format.groups + 15) / 16 * 16; }
 
   PackedRows copy(int64_t number) const {
@@ -80,7 +83,7 @@ struct Run {
 
   // The block that begins with a packed row.
   PackedRows blockOf(const PackedRows& all, int64_t packed_row) const {
-    return {all.values + packed_row * format.padded_inputs * format.x_bytes, all.scales + packed_row * format.groups,
+    return {all.values + packed_row * format.x_inputs * format.x_bytes, all.scales + packed_row * format.groups,
             all.sums + packed_row * format.groups};
   }
 
@@ -91,7 +94,8 @@ struct Run {
       const int rows = static_cast<int>(smaller(format.largest_rows, segment.rows - block));
       const PackedRows at = blockOf(to, segment.first + block);
       packRow(params, format, segments.rowOfX(segment.first + m),
-              {at.values, at.scales, at.sums, static_cast<int>(m - block), rows});
+              {at.values, at.scales, at.sums, static_cast<int>(m - block), rows,
+               usesPanels(format.is_integer, segment.rows)});
     }
   }
 
@@ -193,9 +197,70 @@ struct Run {
     }
   }
 
+  // Rows of a segment that are multiplied at a time, about the same each time.
+  int64_t rowsAtATime(const Segment& segment) const {
+    const int64_t fitting = kBytesAtATime / (format.x_inputs * format.x_bytes) / format.largest_rows;
+    const int64_t most = smaller(kMostPanelRows / format.largest_rows, fitting < 1 ? 1 : fitting);
+    const int64_t blocks = cost(segment), times = (blocks + most - 1) / most;
+    return (blocks + times - 1) / times * format.largest_rows;
+  }
+
+#ifdef SINKEXPORT_UNSIGNED_DOT
+  // Asks for some lines of the panel behind group `group` of `count` tiles, or of the tiles behind them, from line `line`
+  // on. Returns the line after these.
+  static int64_t askFor(const TileOperands& of, int count, int64_t group, int64_t line, int64_t lines) {
+    const int64_t group_bytes = of.weight_stride / (of.num_steps / of.group_steps + (of.num_steps % of.group_steps > 0));
+    const bool is_last = (group + 1) * group_bytes > of.weight_stride;
+    for (int n = 0; n < count; ++n) {
+      const char* weight = of.weight + (is_last ? (count + n) * of.weight_stride : n * of.weight_stride + group * group_bytes);
+      for (int64_t i = line; i < line + lines; ++i) prefetch(weight + 64 * i);
+    }
+    return line + lines;
+  }
+
+  // The same for many rows of integers.
+  void multiplyPanels(const PackedRows& from, const Segment& segment, int64_t first_tile, int64_t last_tile,
+                      int64_t first, int64_t last) const {
+    Panel panel;
+    const bool is_int4 = params.weight_type == WeightType::kInt4, has_zeros = params.zero_point != nullptr;
+    const int64_t group = params.is_gated ? 2 : kTiles, at_once = kPanelInputs / format.group;
+    for (int64_t tile = first_tile; tile < last_tile; tile += group) {
+      const int num_tiles = static_cast<int>(smaller(group, last_tile - tile));
+      for (int n = 0; n < num_tiles; n += kTiles) {
+        const TileOperands of = operands(segment, tile + n);
+        const int side_by_side = num_tiles - n < kTiles ? num_tiles - n : kTiles;
+        for (int64_t g = 0; g < format.groups; g += at_once) {
+          const int64_t groups = smaller(at_once, format.groups - g);
+          if (side_by_side == kTiles) {
+            fillPanel<kTiles>(is_int4, has_zeros, of, g, groups, panel);
+          } else {
+            fillPanel<1>(is_int4, has_zeros, of, g, groups, panel);
+          }
+          int64_t ahead = 0;
+          for (int64_t m = first; m < last; m += kRows) {
+            const int rows = static_cast<int>(smaller(kRows, last - m));
+            const PackedRows block = blockOf(from, segment.first + m);
+            const auto* x = reinterpret_cast<const int8_t*>(block.values) + g * format.group * rows;
+            ahead = askFor(of, side_by_side, g + groups, ahead, kLinesABlock);
+            float* totals = panel.totals + ((m - first) * num_tiles + n * rows) * 16;
+            findPanelTile(rows, side_by_side)(panel, groups, of.group_steps, x, block.scales + g * rows, g == 0, totals);
+            if (n + side_by_side < num_tiles || g + groups < format.groups) continue;
+            finish(segment, m, rows, params.is_gated ? tile / 2 * 16 : tile * 16, num_tiles, totals - n * rows * 16);
+          }
+        }
+      }
+    }
+  }
+#endif
+
   // Tiles first_tile .. last_tile - 1 of one matrix with rows first .. last - 1 of its segment.
   void multiply(const PackedRows& from, const Segment& segment, int64_t first_tile, int64_t last_tile, int64_t first,
                 int64_t last) const {
+#ifdef SINKEXPORT_UNSIGNED_DOT
+    if (usesPanels(format.is_integer, segment.rows)) {
+      return multiplyPanels(from, segment, first_tile, last_tile, first, last);
+    }
+#endif
     alignas(64) float out[2 * kMostRows * 16];
     // Few rows are done when their weights are there: these come fastest as one stream.
     const int at_once = last - first <= format.largest_rows ? 1 : format.largest_tiles;
@@ -261,9 +326,10 @@ struct Run {
       for (; at.segment < end.segment || at.unit < end.unit; at = {at.segment + 1, 0}) {
         const Segment& segment = segments[at.segment];
         const int64_t last = at.segment < end.segment ? units() : end.unit;
-        for (int64_t m = 0; m < segment.rows; m += kRowsAtATime) {
+        const int64_t at_a_time = rowsAtATime(segment);
+        for (int64_t m = 0; m < segment.rows; m += at_a_time) {
           multiply(rows, segment, at.unit * unit(), smaller(last * unit(), tiles), m,
-                   smaller(segment.rows, m + kRowsAtATime));
+                   smaller(segment.rows, m + at_a_time));
         }
         if (at.segment == end.segment) return;
       }
@@ -305,7 +371,7 @@ struct Run {
   }
 
   static constexpr int kMostRows = kRows > kFloatRows ? kRows : kFloatRows;
-  static_assert(kRowsAtATime % kRows == 0 && kRowsAtATime % kFloatRows == 0);
+  static_assert(kMostPanelRows % kRows == 0 && kMostPanelRows % kFloatRows == 0);
   static_assert(kTiles <= 2 && kFloatTiles <= 2);
 };
 

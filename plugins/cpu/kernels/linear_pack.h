@@ -10,7 +10,8 @@ namespace sinkexport::cpu::SINKEXPORT_ISA {
 // Sizes that follow from the weight's type.
 struct Format {
   bool is_integer;
-  int64_t padded_inputs;  // K with its padding
+  int64_t padded_inputs;  // K with its padding, of the weights
+  int64_t x_inputs;       // of a packed row: integers up to the end of the last group
   int64_t group;          // inputs that share a scale of x; 0: none
   int64_t groups;
   int step;          // inputs of one step of a tile's loop
@@ -26,13 +27,14 @@ struct Format {
     padded_inputs = (params.num_inputs + multiple - 1) / multiple * multiple;
     group = !is_integer ? 0 : params.block_size > 0 ? params.block_size : kActivationGroup;
     groups = is_integer ? (padded_inputs + group - 1) / group : 0;
+    x_inputs = is_integer ? groups * group : padded_inputs;
     x_bytes = is_integer ? 1 : 4;
     largest_rows = is_integer ? kRows : kFloatRows;
     largest_tiles = is_integer ? kTiles : kFloatTiles;
   }
 };
 
-// All packed rows. A block that begins with row r begins at r * padded_inputs values and r * groups scales and sums.
+// All packed rows. A block that begins with row r begins at r * x_inputs values and r * groups scales and sums.
 struct PackedRows {
   char* values;
   float* scales;
@@ -46,6 +48,7 @@ struct RowTarget {
   int32_t* sums;
   int row;
   int rows;
+  bool is_unsigned;  // integers get 128 added, and have no use for sums: linear_panel.h
 };
 
 // Rounds a group, to nearest even: its scale is the largest size / 127. `count` values go to the target.
@@ -60,7 +63,7 @@ SINKEXPORT_INLINE void roundGroup(const Floats (&values)[most], int vectors, int
   // One row alone takes its values as they come; others from here, since each 4 of them go to places of their own.
   alignas(64) int8_t apart[16 * most];
   char* to = target.values + (start * target.rows + 4 * target.row);
-  const bool is_alone = target.rows == 1 && count % 16 == 0;
+  const bool is_alone = target.rows == 1 && !target.is_unsigned && count % 16 == 0;
   int8_t* rounded = is_alone ? reinterpret_cast<int8_t*>(to) : apart;
   Floats total = broadcast(0.0f);
   for (int i = 0; i < vectors; ++i) {
@@ -75,7 +78,13 @@ SINKEXPORT_INLINE void roundGroup(const Floats (&values)[most], int vectors, int
   target.scales[at] = is_finite ? scale : __builtin_nanf("");
   target.sums[at] = is_finite ? static_cast<int32_t>(whole_sum) * factor_of_sum : 0;
   if (is_alone) return;
-  for (int64_t k = 0; k < count; k += 4, to += 4 * target.rows) std::memcpy(to, rounded + k, 4);
+  const uint32_t flips = target.is_unsigned ? 0x80808080u : 0u;
+  for (int64_t k = 0; k < count; k += 4, to += 4 * target.rows) {
+    uint32_t four;
+    std::memcpy(&four, rounded + k, 4);
+    four ^= flips;
+    std::memcpy(to, &four, 4);
+  }
 }
 
 // All groups of a row that lie within it; the rest is left. Returns how many.
@@ -132,12 +141,11 @@ inline void packRow(const LinearParams& params, const Format& format, const floa
   const int factor = sumFactor(params);
   int64_t g = packWholeGroups(source, format.group, factor, target);
   for (; g < format.groups; ++g) {
-    const int64_t start = g * format.group, rest = format.padded_inputs - start;
-    const int64_t count = rest < format.group ? rest : format.group;
-    const int vectors = static_cast<int>((count + 15) / 16);
+    const int64_t start = g * format.group;
+    const int vectors = static_cast<int>(format.group / 16);
     Floats values[8];
     for (int i = 0; i < vectors; ++i) values[i] = source.at(start + 16 * i);
-    roundGroup(values, vectors, start, count, factor, target, g);
+    roundGroup(values, vectors, start, format.group, factor, target, g);
   }
 }
 

@@ -8,6 +8,7 @@ namespace sinkexport::cpu::SINKEXPORT_ISA {
 constexpr int kRows = 4, kTiles = 1, kFloatRows = 6, kFloatTiles = 1;
 #ifdef __AVXVNNI__
 constexpr int kInt8Offset = 128;
+#define SINKEXPORT_UNSIGNED_DOT
 #else
 constexpr int kInt8Offset = 0;
 #endif
@@ -172,6 +173,33 @@ SINKEXPORT_INLINE Quad loadQuad(const int8_t* from) {
 #ifdef __AVXVNNI__
 SINKEXPORT_INLINE Ints dotSmall(Ints sum, Bytes x, Quad y) {
   return {_mm256_dpbusd_avx_epi32(sum.a, x.a, y.v), _mm256_dpbusd_avx_epi32(sum.b, x.b, y.v)};
+}
+SINKEXPORT_INLINE Ints dotUnsigned(Ints sum, Quad x, Bytes y) {
+  return {_mm256_dpbusd_avx_epi32(sum.a, x.v, y.a), _mm256_dpbusd_avx_epi32(sum.b, x.v, y.b)};
+}
+SINKEXPORT_INLINE Quad repeatQuad(int byte) {
+  return {_mm256_set1_epi8(static_cast<char>(byte))};
+}
+SINKEXPORT_INLINE void storeBytes(void* to, Bytes x) {
+  auto* halves = static_cast<__m256i*>(to);
+  _mm256_storeu_si256(halves, x.a);
+  _mm256_storeu_si256(halves + 1, x.b);
+}
+SINKEXPORT_INLINE Ints loadInts(const int32_t* from) {
+  const auto* halves = reinterpret_cast<const __m256i*>(from);
+  return {_mm256_loadu_si256(halves), _mm256_loadu_si256(halves + 1)};
+}
+SINKEXPORT_INLINE void storeInts(int32_t* to, Ints x) {
+  auto* halves = reinterpret_cast<__m256i*>(to);
+  _mm256_storeu_si256(halves, x.a);
+  _mm256_storeu_si256(halves + 1, x.b);
+}
+SINKEXPORT_INLINE Bytes repeatByte(Ints x) {
+  const __m256i ones = _mm256_set1_epi32(0x01010101);
+  return {_mm256_mullo_epi32(x.a, ones), _mm256_mullo_epi32(x.b, ones)};
+}
+SINKEXPORT_INLINE Bytes operator-(Bytes x, Bytes y) {
+  return {_mm256_sub_epi8(x.a, y.a), _mm256_sub_epi8(x.b, y.b)};
 }
 SINKEXPORT_INLINE Bytes prepareInt8(Bytes x) {
   const __m256i offset = _mm256_set1_epi8(-128);

@@ -6,7 +6,7 @@
 //   loadHalfPart, loadInt8Part: the first n lanes, the others 0; memory behind the n-th is not touched
 //   With SINKEXPORT_BF16: packBf16(Floats first, Floats second): pairs of bfloat16, to nearest even; storeBf16(to, a):
 //     16 bfloat16; dotBf16(Floats sum, Bytes a, Bytes b): sum + a.first * b.first + a.second * b.second;
-//     broadcastPair(const void*): a pair in every lane; storeBytes(void*, Bytes)
+//     broadcastPair(const void*): a pair in every lane
 #pragma once
 
 #include "simd.h"
@@ -113,9 +113,6 @@ SINKEXPORT_INLINE Bytes packBf16(Floats first, Floats second) {
 }
 SINKEXPORT_INLINE void storeBf16(uint16_t* to, Floats a) {
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(a.v)));
-}
-SINKEXPORT_INLINE void storeBytes(void* to, Bytes a) {
-  _mm512_storeu_si512(to, a.v);
 }
 SINKEXPORT_INLINE Bytes broadcastPair(const void* from) {
   int32_t pair;
