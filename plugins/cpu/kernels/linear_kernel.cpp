@@ -12,7 +12,7 @@ constexpr int64_t kBytesAtATime = 768 * 1024;  // of packed rows of x: they stay
 constexpr int64_t kPackedByEach = 1 << 13;  // values; fewer are packed by every thread for itself, with nobody waiting
 constexpr int64_t kAskedForFirst = 4096;    // bytes of weights that are on their way while a thread packs
 constexpr int64_t kTasksAThread = 16;       // of many rows: threads end at about the same time
-constexpr int64_t kLinesABlock = 6;         // of each tile's weights that a block of rows asks for
+constexpr int64_t kLinesABlock = 8;          // of each tile's weights that a block of rows asks for
 constexpr int64_t kAhead = 6144;            // bytes from what is read to what is asked for
 
 int64_t smaller(int64_t a, int64_t b) {
@@ -51,7 +51,7 @@ struct Run {
     const int64_t finer = params.num_rows >= kRowsOfFewTasks ? kTasksAThread : 1;
     const int64_t matrices = params.num_experts > 0 ? smaller(params.num_experts, params.num_rows) : 1;
     tasks = smaller(units() * matrices, parallel.threads > 1 ? finer * parallel.threads : 1);
-    copies = params.num_rows * params.num_inputs <= kPackedByEach ? tasks : 1;
+    copies = finer == 1 && params.num_rows * params.num_inputs <= kPackedByEach ? tasks : 1;
   }
 
   void reserve(Scratch& scratch) {
@@ -93,9 +93,15 @@ struct Run {
       const int64_t block = m / format.largest_rows * format.largest_rows;
       const int rows = static_cast<int>(smaller(format.largest_rows, segment.rows - block));
       const PackedRows at = blockOf(to, segment.first + block);
+#ifdef SINKEXPORT_UNSIGNED_DOT
+      if (usesPanels(format.is_integer, segment.rows)) {
+        packPanelRow(params, format, segments.rowOfX(segment.first + m),
+                     reinterpret_cast<uint8_t*>(at.values) + (m - block) * format.x_inputs, at.scales + (m - block), rows);
+        continue;
+      }
+#endif
       packRow(params, format, segments.rowOfX(segment.first + m),
-              {at.values, at.scales, at.sums, static_cast<int>(m - block), rows,
-               usesPanels(format.is_integer, segment.rows)});
+              {at.values, at.scales, at.sums, static_cast<int>(m - block), rows});
     }
   }
 
@@ -208,7 +214,7 @@ struct Run {
 #ifdef SINKEXPORT_UNSIGNED_DOT
   // Asks for some lines of the panel behind group `group` of `count` tiles, or of the tiles behind them, from line `line`
   // on. Returns the line after these.
-  static int64_t askFor(const TileOperands& of, int count, int64_t group, int64_t line, int64_t lines) {
+  static SINKEXPORT_INLINE int64_t askFor(const TileOperands& of, int count, int64_t group, int64_t line, int64_t lines) {
     const int64_t group_bytes = of.weight_stride / (of.num_steps / of.group_steps + (of.num_steps % of.group_steps > 0));
     const bool is_last = (group + 1) * group_bytes > of.weight_stride;
     for (int n = 0; n < count; ++n) {
@@ -216,6 +222,19 @@ struct Run {
       for (int64_t i = line; i < line + lines; ++i) prefetch(weight + 64 * i);
     }
     return line + lines;
+  }
+
+  // Asks for what finish() reads and writes: rows lie too far apart for the processor to see what comes next.
+  SINKEXPORT_INLINE void askForOutputs(const Segment& segment, int64_t first_row, int rows, int64_t column) const {
+    const float* residual = params.output_norm_weight == nullptr && this->rows == nullptr ? params.residual : nullptr;
+    const float* y = this->rows == nullptr ? params.y : this->rows;
+    for (int r = 0; r < rows; ++r) {
+      const int64_t at = segments.rowOfY(segment.first + first_row + r) * params.num_outputs + column;
+      for (int64_t i = 0; i < (params.is_gated ? 16 : kTiles * 16); i += 16) {
+        prefetch(y + at + i);
+        if (residual != nullptr) prefetch(residual + at + i);
+      }
+    }
   }
 
   // The same for many rows of integers.
@@ -226,6 +245,7 @@ struct Run {
     const int64_t group = params.is_gated ? 2 : kTiles, at_once = kPanelInputs / format.group;
     for (int64_t tile = first_tile; tile < last_tile; tile += group) {
       const int num_tiles = static_cast<int>(smaller(group, last_tile - tile));
+      const int64_t column = params.is_gated ? tile / 2 * 16 : tile * 16;
       for (int n = 0; n < num_tiles; n += kTiles) {
         const TileOperands of = operands(segment, tile + n);
         const int side_by_side = num_tiles - n < kTiles ? num_tiles - n : kTiles;
@@ -240,12 +260,14 @@ struct Run {
           for (int64_t m = first; m < last; m += kRows) {
             const int rows = static_cast<int>(smaller(kRows, last - m));
             const PackedRows block = blockOf(from, segment.first + m);
-            const auto* x = reinterpret_cast<const int8_t*>(block.values) + g * format.group * rows;
+            const auto* x = reinterpret_cast<const int8_t*>(block.values) + g * format.group;
             ahead = askFor(of, side_by_side, g + groups, ahead, kLinesABlock);
+            if (g + groups == format.groups) askForOutputs(segment, m, rows, column);
             float* totals = panel.totals + ((m - first) * num_tiles + n * rows) * 16;
-            findPanelTile(rows, side_by_side)(panel, groups, of.group_steps, x, block.scales + g * rows, g == 0, totals);
+            findPanelTile(rows, side_by_side)(panel, groups, of.group_steps, x, format.x_inputs, block.scales + g * rows,
+                                              g == 0, totals);
             if (n + side_by_side < num_tiles || g + groups < format.groups) continue;
-            finish(segment, m, rows, params.is_gated ? tile / 2 * 16 : tile * 16, num_tiles, totals - n * rows * 16);
+            finish(segment, m, rows, column, num_tiles, totals - n * rows * 16);
           }
         }
       }
@@ -364,7 +386,7 @@ struct Run {
     });
   }
 
-  void askForWeights(const Segment& segment, int64_t tile) const {
+  SINKEXPORT_INLINE void askForWeights(const Segment& segment, int64_t tile) const {
     const TileOperands first = operands(segment, tile);
     for (int64_t at = 0; at < kAskedForFirst; at += 64) prefetchOnce(first.weight + at);
     if (first.scale != nullptr) prefetchOnce(first.scale);

@@ -48,7 +48,6 @@ struct RowTarget {
   int32_t* sums;
   int row;
   int rows;
-  bool is_unsigned;  // integers get 128 added, and have no use for sums: linear_panel.h
 };
 
 // Rounds a group, to nearest even: its scale is the largest size / 127. `count` values go to the target.
@@ -63,7 +62,7 @@ SINKEXPORT_INLINE void roundGroup(const Floats (&values)[most], int vectors, int
   // One row alone takes its values as they come; others from here, since each 4 of them go to places of their own.
   alignas(64) int8_t apart[16 * most];
   char* to = target.values + (start * target.rows + 4 * target.row);
-  const bool is_alone = target.rows == 1 && !target.is_unsigned && count % 16 == 0;
+  const bool is_alone = target.rows == 1 && count % 16 == 0;
   int8_t* rounded = is_alone ? reinterpret_cast<int8_t*>(to) : apart;
   Floats total = broadcast(0.0f);
   for (int i = 0; i < vectors; ++i) {
@@ -78,13 +77,7 @@ SINKEXPORT_INLINE void roundGroup(const Floats (&values)[most], int vectors, int
   target.scales[at] = is_finite ? scale : __builtin_nanf("");
   target.sums[at] = is_finite ? static_cast<int32_t>(whole_sum) * factor_of_sum : 0;
   if (is_alone) return;
-  const uint32_t flips = target.is_unsigned ? 0x80808080u : 0u;
-  for (int64_t k = 0; k < count; k += 4, to += 4 * target.rows) {
-    uint32_t four;
-    std::memcpy(&four, rounded + k, 4);
-    four ^= flips;
-    std::memcpy(to, &four, 4);
-  }
+  for (int64_t k = 0; k < count; k += 4, to += 4 * target.rows) std::memcpy(to, rounded + k, 4);
 }
 
 // All groups of a row that lie within it; the rest is left. Returns how many.
@@ -148,5 +141,53 @@ inline void packRow(const LinearParams& params, const Format& format, const floa
     roundGroup(values, vectors, start, format.group, factor, target, g);
   }
 }
+
+#ifdef SINKEXPORT_UNSIGNED_DOT
+// The same for linear_panel.h: rows of x lie one after another, 128 is added to each number, and there are no sums.
+template <int vectors, Norm kind>
+void packPanelRow(const LinearParams& params, const Format& format, const RowSource& source, uint8_t* to, float* scales,
+                  int stride) {
+  const Floats limit = broadcast(127.0f), lowest = broadcast(-127.0f);
+  const Ints offset = broadcastInt(kInt8Offset);
+  Floats odd = broadcast(0.0f);
+  for (int64_t g = 0; g < format.groups; ++g, to += 16 * vectors) {
+    const int64_t start = g * 16 * vectors;
+    Floats values[vectors];
+    if (start + 16 * vectors <= params.num_inputs) {
+      for (int i = 0; i < vectors; ++i) values[i] = source.whole<kind>(start + 16 * i);
+    } else {
+      for (int i = 0; i < vectors; ++i) values[i] = source.at(start + 16 * i);
+    }
+    Floats size = abs(values[0]);
+    for (int i = 1; i < vectors; ++i) size = max(size, abs(values[i]));
+    const float scale = largest(size) * (1.0f / 127.0f);
+    const Floats inverse = broadcast(scale > 0.0f ? 1.0f / scale : 0.0f);
+    for (int i = 0; i < vectors; ++i) {
+      odd = odd + (values[i] - values[i]);
+      storeUint8(to + 16 * i, toInts(max(lowest, min(limit, values[i] * inverse))) + offset);
+    }
+    scales[g * stride] = scale;
+  }
+  const float is_odd = sum(odd);  // what is not a number, and infinity, less itself is not 0
+  if (is_odd != is_odd) scales[0] = __builtin_nanf("");
+}
+
+template <Norm kind>
+void packPanelRow(const LinearParams& params, const Format& format, const RowSource& source, uint8_t* to, float* scales,
+                  int stride) {
+  if (format.group == 32) return packPanelRow<2, kind>(params, format, source, to, scales, stride);
+  if (format.group == 64) return packPanelRow<4, kind>(params, format, source, to, scales, stride);
+  return packPanelRow<8, kind>(params, format, source, to, scales, stride);
+}
+
+// scales: of the row's first group; the next one's is `stride` floats further.
+inline void packPanelRow(const LinearParams& params, const Format& format, const float* x, uint8_t* to, float* scales,
+                         int stride) {
+  const RowSource source(params, x);
+  if (source.norm == Norm::kRms) return packPanelRow<Norm::kRms>(params, format, source, to, scales, stride);
+  if (source.norm == Norm::kLayer) return packPanelRow<Norm::kLayer>(params, format, source, to, scales, stride);
+  return packPanelRow<Norm::kNone>(params, format, source, to, scales, stride);
+}
+#endif
 
 }  // namespace sinkexport::cpu::SINKEXPORT_ISA

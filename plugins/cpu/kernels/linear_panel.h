@@ -75,10 +75,10 @@ void fillPanel(const TileOperands& operands, int64_t first, int64_t count, Panel
   }
 }
 
-// `rows` rows times a panel of `groups` groups, added to totals [tiles][rows][16], which begin with the first panel.
+// Rows of x, `stride` bytes apart, times a panel, added to totals [tiles][rows][16], which begin with the first panel.
 template <int rows, int tiles>
-void panelTile(const Panel& panel, int64_t groups, int64_t group_steps, const int8_t* x, const float* x_scale,
-               bool is_first, float* totals) {
+void panelTile(const Panel& panel, int64_t groups, int64_t group_steps, const int8_t* x, int64_t stride,
+               const float* x_scale, bool is_first, float* totals) {
   Floats total[tiles][rows];
   for (int n = 0; n < tiles; ++n) {
     for (int r = 0; r < rows; ++r) total[n][r] = is_first ? broadcast(0.0f) : load(totals + (n * rows + r) * 16);
@@ -94,11 +94,11 @@ void panelTile(const Panel& panel, int64_t groups, int64_t group_steps, const in
     }
     for (int64_t k = 0; k < group_steps; k += 8) {
 #pragma GCC unroll 8
-      for (int q = 0; q < 8; ++q, x += 4 * rows, w += tiles * 64) {
+      for (int q = 0; q < 8; ++q, x += 4, w += tiles * 64) {
         Bytes weights[tiles];
         for (int n = 0; n < tiles; ++n) weights[n] = loadBytes(w + n * 64);
         for (int r = 0; r < rows; ++r) {
-          const Quad one = loadQuad(x + 4 * r);
+          const Quad one = loadQuad(x + r * stride);
           for (int n = 0; n < tiles; ++n) sum[n][r] = dotUnsigned(sum[n][r], one, weights[n]);
         }
       }
@@ -116,7 +116,7 @@ void panelTile(const Panel& panel, int64_t groups, int64_t group_steps, const in
   storeTile<tiles, rows>(total, totals);
 }
 
-using PanelFunction = void (*)(const Panel&, int64_t, int64_t, const int8_t*, const float*, bool, float*);
+using PanelFunction = void (*)(const Panel&, int64_t, int64_t, const int8_t*, int64_t, const float*, bool, float*);
 
 template <int tiles, int row = 0>
 constexpr void fillPanelTable(PanelFunction (&functions)[kRows][kTiles]) {

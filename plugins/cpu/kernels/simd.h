@@ -29,6 +29,7 @@
 //     dotUnsigned(Ints sum, Quad a, Bytes b): sum + a . b in every lane; a 0 .. 255, b -128 .. 127
 //     repeatQuad(int): a byte four times in every lane; repeatByte(Ints): each lane's value 0 .. 255 four times
 //     a - b of Bytes; storeBytes(void*, Bytes), loadInts(const int32_t*), storeInts(int32_t*, Ints)
+//     storeUint8(uint8_t*, Ints): values within uint8
 //   minusProduct(Ints sum, Ints a, int32_t b): sum - a * b; a 0 .. 255, |b| < 32768
 //   prefetch(const void*): to all caches
 //   prefetchOnce(const void*): what is read once. Where the processor can, past the second-level cache, which then

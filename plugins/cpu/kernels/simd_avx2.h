@@ -75,6 +75,12 @@ SINKEXPORT_INLINE void storeInt8(int8_t* to, Ints x) {
   const __m128i bytes = _mm_packs_epi16(_mm256_castsi256_si128(words), _mm256_extracti128_si256(words, 1));
   _mm_storeu_si128(reinterpret_cast<__m128i*>(to), bytes);
 }
+SINKEXPORT_INLINE void storeUint8(uint8_t* to, Ints x) {
+  // Packs work within halves of 128 bits: a0 b0 | a1 b1, then put in order.
+  const __m256i words = _mm256_permute4x64_epi64(_mm256_packs_epi32(x.a, x.b), 0xd8);
+  const __m128i bytes = _mm_packus_epi16(_mm256_castsi256_si128(words), _mm256_extracti128_si256(words, 1));
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(to), bytes);
+}
 SINKEXPORT_INLINE Floats broadcast(float x) {
   return {_mm256_set1_ps(x), _mm256_set1_ps(x)};
 }

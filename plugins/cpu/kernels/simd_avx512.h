@@ -57,6 +57,9 @@ SINKEXPORT_INLINE Ints loadUint8(const uint8_t* from) {
 SINKEXPORT_INLINE void storeInt8(int8_t* to, Ints a) {
   _mm_storeu_si128(reinterpret_cast<__m128i*>(to), _mm512_cvtsepi32_epi8(a.v));
 }
+SINKEXPORT_INLINE void storeUint8(uint8_t* to, Ints a) {
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(to), _mm512_cvtepi32_epi8(a.v));
+}
 SINKEXPORT_INLINE Floats broadcast(float a) {
   return {_mm512_set1_ps(a)};
 }
