@@ -7,6 +7,8 @@
 
 namespace sinkexport::cpu::SINKEXPORT_ISA {
 
+constexpr int kTokensAhead = 4;  // whose rows are asked for: they lie too far apart for the processor to see
+
 // Rows first_row .. of a unit, for one worker: row r is query head r % group of token r / group.
 struct Item {
   int64_t b, kv_head, unit, group;
@@ -14,10 +16,10 @@ struct Item {
   int num_tokens;  // that count
 };
 
-// The new rows of a unit, turned, as they are stored and in float32 as they take part.
-inline void prepareRows(const SinkAttentionParams& p, const StreamCache& cache, const ChunkWork& work,
-                        const Item& item) {
-  for (int i = 0; i < item.num_tokens; ++i) {
+// New rows first .. last - 1 of a unit, turned, as they are stored and in float32 as they take part.
+inline void prepareRows(const SinkAttentionParams& p, const StreamCache& cache, const ChunkWork& work, const Item& item,
+                        int first, int last) {
+  for (int i = first; i < last; ++i) {
     const int64_t t = cache.position + i;
     Angles angles{work.cos, work.sin, nullptr, nullptr, nullptr, nullptr};
     if (p.frequency != nullptr) {
@@ -30,6 +32,10 @@ inline void prepareRows(const SinkAttentionParams& p, const StreamCache& cache, 
       const float* row = is_key ? normalisedKey(p, item.b, item.kv_head, i, work.normed)
                                 : normalisedValue(p, item.b, item.kv_head, i, work.normed);
       float* to = (is_key ? work.keys : work.values) + int64_t{i} * n;
+      if (i + kTokensAhead < item.num_tokens) {
+        const float* later = newRow(p, is_key, item.b, item.kv_head, i + kTokensAhead);
+        for (int d = 0; d < n; d += 16) prefetch(later + d);
+      }
       if (is_key) {
         turn(row, work.row, n, angles.half, p.interleaved, angles.cosine, angles.sine, 1.0f);
         row = work.row;
@@ -103,7 +109,7 @@ void placeQuery(const float* row, int dim, int64_t lanes, int64_t lane, void* ti
 template <typename Matmul, typename Row>
 const void* asFactors(const typename Row::Element* rows, const uint16_t* scales, int n, int dim, bool interleaved,
                       void* tile) {
-  if (Matmul::kTogether == 1 && Row::kIsFloat) return rows;
+  if (Row::kIsPairs || (Matmul::kTogether == 1 && Row::kIsFloat)) return rows;
   for (int first = 0; first < n; first += 16) {
     float factors[16];
     if (Row::kHasScale) store(factors, loadHalfPart(scales + first, n - first));
