@@ -10,9 +10,7 @@ namespace {
 
 constexpr int64_t kBytesAtATime = 768 * 1024;  // of packed rows of x: they stay in the second-level cache
 constexpr int64_t kPackedByEach = 1 << 13;  // values; fewer are packed by every thread for itself, with nobody waiting
-constexpr int64_t kAskedForFirst = 4096;    // bytes of weights that are on their way while a thread packs
 constexpr int64_t kTasksAThread = 16;       // of many rows: threads end at about the same time
-constexpr int64_t kLinesABlock = 8;          // of each tile's weights that a block of rows asks for
 constexpr int64_t kAhead = 6144;            // bytes from what is read to what is asked for
 
 int64_t smaller(int64_t a, int64_t b) {
@@ -96,7 +94,8 @@ struct Run {
 #ifdef SINKEXPORT_UNSIGNED_DOT
       if (usesPanels(format.is_integer, segment.rows)) {
         packPanelRow(params, format, segments.rowOfX(segment.first + m),
-                     reinterpret_cast<uint8_t*>(at.values) + (m - block) * format.x_inputs, at.scales + (m - block), rows);
+                     reinterpret_cast<uint8_t*>(at.values) + (m - block) * format.x_inputs, at.scales + (m - block),
+                     rows);
         continue;
       }
 #endif
@@ -112,7 +111,7 @@ struct Run {
   void pack(const Parallel& parallel) const {
     // Rows of a block lie side by side, four bytes of each: two threads that share one would wait for its lines.
     const int64_t blocks = cost(segments[0]);
-    const int64_t parts = segments.count > 1 ? segments.count : smaller(blocks, 2 * parallel.threads);
+    const int64_t parts = segments.count > 1 ? segments.count : smaller(blocks, 4 * parallel.threads);
     parallelFor(parallel, parts, [&](int64_t part) {
       if (segments.count > 1) {
         packRows(packed, segments[part], 0, segments[part].rows);
@@ -141,8 +140,8 @@ struct Run {
   }
 
   // What stands after the matmul. out [tiles][rows][16]; `column` is the first output of y.
-  void finish(const Segment& segment, int64_t first_row, int rows, int64_t column, int num_tiles,
-              const float* out) const {
+  SINKEXPORT_INLINE void finish(const Segment& segment, int64_t first_row, int rows, int64_t column, int num_tiles,
+                                const float* out) const {
     for (int n = 0; n < (params.is_gated ? 1 : num_tiles); ++n, column += 16, out += rows * 16) {
       const FinishedTile tile{segment.first + first_row,
                               rows,
@@ -212,16 +211,26 @@ struct Run {
   }
 
 #ifdef SINKEXPORT_UNSIGNED_DOT
-  // Asks for some lines of the panel behind group `group` of `count` tiles, or of the tiles behind them, from line `line`
-  // on. Returns the line after these.
-  static SINKEXPORT_INLINE int64_t askFor(const TileOperands& of, int count, int64_t group, int64_t line, int64_t lines) {
-    const int64_t group_bytes = of.weight_stride / (of.num_steps / of.group_steps + (of.num_steps % of.group_steps > 0));
-    const bool is_last = (group + 1) * group_bytes > of.weight_stride;
-    for (int n = 0; n < count; ++n) {
-      const char* weight = of.weight + (is_last ? (count + n) * of.weight_stride : n * of.weight_stride + group * group_bytes);
-      for (int64_t i = line; i < line + lines; ++i) prefetch(weight + 64 * i);
+  // Weights of the panel behind group `group` of `count` tiles, or of the tiles behind them: what comes next.
+  struct NextWeights {
+    const char* start;  // of the first tile
+    int64_t stride, bytes;
+    int count;
+
+    // Asks for one of `parts` parts of them.
+    SINKEXPORT_INLINE void ask(int64_t part, int64_t parts) const {
+      const int64_t last = (part + 1) * bytes / parts;
+      for (int64_t at = part * bytes / parts / 64 * 64; at < last; at += 64) {
+        for (int n = 0; n < count; ++n) prefetch(start + n * stride + at);
+      }
     }
-    return line + lines;
+  };
+  NextWeights nextWeights(const TileOperands& of, int count, int64_t group, int64_t groups) const {
+    const int64_t group_bytes = of.weight_stride / format.groups;
+    if (group + groups > format.groups) groups = format.groups - group;
+    if (groups > 0) return {of.weight + group * group_bytes, of.weight_stride, groups * group_bytes, count};
+    groups = smaller(kPanelInputs / format.group, format.groups);
+    return {of.weight + count * of.weight_stride, of.weight_stride, groups * group_bytes, count};
   }
 
   // Asks for what finish() reads and writes: rows lie too far apart for the processor to see what comes next.
@@ -243,6 +252,7 @@ struct Run {
     Panel panel;
     const bool is_int4 = params.weight_type == WeightType::kInt4, has_zeros = params.zero_point != nullptr;
     const int64_t group = params.is_gated ? 2 : kTiles, at_once = kPanelInputs / format.group;
+    const int64_t blocks = (last - first + kRows - 1) / kRows;
     for (int64_t tile = first_tile; tile < last_tile; tile += group) {
       const int num_tiles = static_cast<int>(smaller(group, last_tile - tile));
       const int64_t column = params.is_gated ? tile / 2 * 16 : tile * 16;
@@ -256,16 +266,16 @@ struct Run {
           } else {
             fillPanel<1>(is_int4, has_zeros, of, g, groups, panel);
           }
-          int64_t ahead = 0;
+          const NextWeights next = nextWeights(of, side_by_side, g + groups, at_once);
           for (int64_t m = first; m < last; m += kRows) {
             const int rows = static_cast<int>(smaller(kRows, last - m));
             const PackedRows block = blockOf(from, segment.first + m);
             const auto* x = reinterpret_cast<const int8_t*>(block.values) + g * format.group;
-            ahead = askFor(of, side_by_side, g + groups, ahead, kLinesABlock);
+            next.ask((m - first) / kRows, blocks);
             if (g + groups == format.groups) askForOutputs(segment, m, rows, column);
             float* totals = panel.totals + ((m - first) * num_tiles + n * rows) * 16;
-            findPanelTile(rows, side_by_side)(panel, groups, of.group_steps, x, format.x_inputs, block.scales + g * rows,
-                                              g == 0, totals);
+            findPanelTile(rows, side_by_side)(panel, groups, of.group_steps, x, format.x_inputs,
+                                              block.scales + g * rows, g == 0, totals);
             if (n + side_by_side < num_tiles || g + groups < format.groups) continue;
             finish(segment, m, rows, column, num_tiles, totals - n * rows * 16);
           }
@@ -342,7 +352,6 @@ struct Run {
       PackedRows rows = packed;
       if (copies > 1) {
         rows = copy(task);
-        askForWeights(segments[at.segment], at.unit * unit());
         packAll(rows);
       }
       for (; at.segment < end.segment || at.unit < end.unit; at = {at.segment + 1, 0}) {
@@ -384,12 +393,6 @@ struct Run {
         }
       }
     });
-  }
-
-  SINKEXPORT_INLINE void askForWeights(const Segment& segment, int64_t tile) const {
-    const TileOperands first = operands(segment, tile);
-    for (int64_t at = 0; at < kAskedForFirst; at += 64) prefetchOnce(first.weight + at);
-    if (first.scale != nullptr) prefetchOnce(first.scale);
   }
 
   static constexpr int kMostRows = kRows > kFloatRows ? kRows : kFloatRows;

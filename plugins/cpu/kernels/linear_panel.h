@@ -1,9 +1,9 @@
-// Tiles of integer weights for many rows of x: what one row after another would do again is done once, a panel of inputs
-// at a time. INT4 weights become bytes less their zero points, scales become float32.
+// Tiles of integer weights for many rows of x: what one row after another would do again is done once, a panel of
+// inputs at a time. INT4 weights become bytes less their zero points, scales become float32.
 //
 // The processor multiplies unsigned by signed bytes: here x is the unsigned operand, 128 more than itself, so that an
-// integer sum begins with -128 times the sum of its weights, whatever the row. Integer sums, and the order in which they
-// are scaled and added, are those of linear_tile.h: the same bits.
+// integer sum begins with -128 times the sum of its weights, whatever the row. Integer sums, and the order in which
+// they are scaled and added, are those of linear_tile.h: the same bits.
 #pragma once
 
 #include "linear_tile.h"
@@ -15,9 +15,9 @@ constexpr bool kHasPanels = true;
 #else
 constexpr bool kHasPanels = false;
 #endif
-constexpr int64_t kPanelRows = 4 * kRows;   // fewer are not worth it
-constexpr int64_t kPanelInputs = 768;       // weights of two tiles stay in the first-level cache
-constexpr int64_t kMostPanelRows = 264;     // at a time: a multiple of all rows of a tile
+constexpr int64_t kPanelRows = 4 * kRows;  // fewer are not worth it
+constexpr int64_t kPanelInputs = 768;      // weights of two tiles stay in the first-level cache
+constexpr int64_t kMostPanelRows = 264;    // at a time: a multiple of all rows of a tile
 
 inline bool usesPanels(bool is_integer, int64_t rows) {
   return kHasPanels && is_integer && rows >= kPanelRows;
@@ -25,9 +25,9 @@ inline bool usesPanels(bool is_integer, int64_t rows) {
 
 // Memory of one thread for kTiles tiles.
 struct Panel {
-  alignas(64) int8_t values[kTiles * 16 * kPanelInputs];             // [quads][tiles][16][4]
-  alignas(64) float scales[kTiles * 16 * kPanelInputs / 32];         // [groups][tiles][16]
-  alignas(64) int32_t starts[kTiles * 16 * kPanelInputs / 32];       // [groups][tiles][16]
+  alignas(64) int8_t values[kTiles * 16 * kPanelInputs];                      // [quads][tiles][16][4]
+  alignas(64) float scales[kTiles * 16 * kPanelInputs / 32];                  // [groups][tiles][16]
+  alignas(64) int32_t starts[kTiles * 16 * kPanelInputs / 32];                // [groups][tiles][16]
   alignas(64) float totals[kMostPanelRows * (kTiles > 2 ? kTiles : 2) * 16];  // [blocks][tiles][rows][16]
 };
 

@@ -177,7 +177,8 @@ inline bool sinksStayNear(const SinkAttentionParams& p, const StreamCache& cache
 
 // Queries of an item's tiles, turned and placed, and what their rows need beside. Returns those that sinks meet.
 template <typename Matmul, int V>
-const void* prepareQueries(const SinkAttentionParams& p, const StreamCache& cache, const ChunkWork& work, const Item& item) {
+const void* prepareQueries(const SinkAttentionParams& p, const StreamCache& cache, const ChunkWork& work,
+                           const Item& item) {
   constexpr int64_t kLanes = 16 * V;
   const int64_t last_place = int64_t{p.num_sinks} + p.window_size - 1;
   const float factor = logitFactor(p);
@@ -310,8 +311,8 @@ inline void prepareWorker(const SinkAttentionParams& p, const ChunkPlan& plan, i
     if (work.pairs_k == nullptr) continue;
     asFactors<Bf16Matmul, FloatRow>(work.keys + int64_t{first} * p.head_dim, nullptr, last - first, p.head_dim, false,
                                     static_cast<uint16_t*>(work.pairs_k) + int64_t{first} * p.head_dim);
-    asFactors<Bf16Matmul, FloatRow>(work.values + int64_t{first} * p.value_dim, nullptr, last - first, p.value_dim, true,
-                                    static_cast<uint16_t*>(work.pairs_v) + int64_t{first} * p.value_dim);
+    asFactors<Bf16Matmul, FloatRow>(work.values + int64_t{first} * p.value_dim, nullptr, last - first, p.value_dim,
+                                    true, static_cast<uint16_t*>(work.pairs_v) + int64_t{first} * p.value_dim);
 #endif
   }
 }
@@ -320,8 +321,9 @@ inline void chunkWorker(const SinkAttentionParams& p, const ChunkPlan& plan, int
   ChunkWork work = plan.work[worker];
   const int64_t item_rows = int64_t{plan.tiles_per_item} * plan.tile_vectors * 16;
   while (true) {
-    const int64_t next = __atomic_fetch_add(plan.next_item, 1, __ATOMIC_RELAXED);
-    if (next >= plan.num_items) return;
+    // From the last one on: later rows have more keys, and threads end together after small items.
+    const int64_t next = plan.num_items - 1 - __atomic_fetch_add(plan.next_item, 1, __ATOMIC_RELAXED);
+    if (next < 0) return;
     Item item;
     item.unit = next / plan.items_per_unit;
     item.b = item.unit / p.num_kv_heads;

@@ -60,8 +60,9 @@ struct ChunkWork : ChunkRows {                                     // of the uni
   float *token, *slope, *sink_place, *sink_factor;  // [tiles][R]
 };
 
-// A chunk. First workers prepare its new rows, in pieces of kPieceTokens tokens of a unit. Then they take items in turn,
-// (unit, some tiles of its rows). Rows are (token, query head of the group). The last item of a unit writes its new rows.
+// A chunk. First workers prepare its new rows, in pieces of kPieceTokens tokens of a unit. Then they take items in
+// turn, (unit, some tiles of its rows). Rows are (token, query head of the group). The last item of a unit writes its
+// new rows.
 struct ChunkPlan {
   const StreamCache* streams;  // [B]
   const ChunkRows* rows;       // [B * Hkv]

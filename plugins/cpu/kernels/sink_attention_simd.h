@@ -55,8 +55,10 @@ SINKEXPORT_INLINE void transpose(Floats (&a)[16]) {
     }
   }
   for (int j = 0; j < 4; ++j) {
-    const __m512 low = _mm512_shuffle_f32x4(y[j], y[4 + j], 0x88), high = _mm512_shuffle_f32x4(y[8 + j], y[12 + j], 0x88);
-    const __m512 next = _mm512_shuffle_f32x4(y[j], y[4 + j], 0xdd), last = _mm512_shuffle_f32x4(y[8 + j], y[12 + j], 0xdd);
+    const __m512 low = _mm512_shuffle_f32x4(y[j], y[4 + j], 0x88),
+                 high = _mm512_shuffle_f32x4(y[8 + j], y[12 + j], 0x88);
+    const __m512 next = _mm512_shuffle_f32x4(y[j], y[4 + j], 0xdd),
+                 last = _mm512_shuffle_f32x4(y[8 + j], y[12 + j], 0xdd);
     a[j].v = _mm512_shuffle_f32x4(low, high, 0x88);
     a[4 + j].v = _mm512_shuffle_f32x4(next, last, 0x88);
     a[8 + j].v = _mm512_shuffle_f32x4(low, high, 0xdd);
