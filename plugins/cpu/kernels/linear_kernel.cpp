@@ -1,5 +1,5 @@
 // Matmuls by packed weights: rows are packed, then each thread takes a contiguous range of tiles.
-#include "linear_activation.h"
+#include "linear_outputs.h"
 #include "linear_pack.h"
 #include "linear_panel.h"
 #include "linear_segments.h"
@@ -9,13 +9,8 @@ namespace sinkexport::cpu::SINKEXPORT_ISA {
 namespace {
 
 constexpr int64_t kBytesAtATime = 768 * 1024;  // of packed rows of x: they stay in the second-level cache
-constexpr int64_t kPackedByEach = 1 << 13;  // values; fewer are packed by every thread for itself, with nobody waiting
-constexpr int64_t kTasksAThread = 16;       // of many rows: threads end at about the same time
-constexpr int64_t kAhead = 6144;            // bytes from what is read to what is asked for
-
-int64_t smaller(int64_t a, int64_t b) {
-  return a < b ? a : b;
-}
+constexpr int64_t kTasksAThread = 16;          // of many rows: threads end at about the same time
+constexpr int64_t kAhead = 6144;               // bytes from what is read to what is asked for
 
 struct Run {
   const LinearParams& params;
@@ -26,14 +21,15 @@ struct Run {
   int64_t copies = 1;  // of the packed rows: each task's own, or 1
   PackedRows packed{};
   Segments segments;
-  float* rows = nullptr;  // [M, N] before they are summed up; with pick_weights
+  Outputs outputs;
 
   explicit Run(const LinearParams& p)
       : params(p),
         format(p),
         tiles((p.num_outputs + 15) / 16 * (p.is_gated ? 2 : 1)),
         bytes(packedBytes(p.weight_type, p.num_inputs, tiles * 16, p.block_size, p.scale_type)),
-        segments{p} {}
+        segments{p},
+        outputs{p, segments} {}
 
   // Tiles are shared out in units of as many as are multiplied at once: an odd one would take more than half the time.
   int64_t unit() const {
@@ -67,7 +63,8 @@ struct Run {
     const size_t experts = static_cast<size_t>(params.num_experts);
     segments.all = slices.take<Segment>(experts > 0 ? experts : 1);
     if (experts > 0) segments.order = slices.take<int64_t>(count);
-    if (params.pick_weights != nullptr) rows = slices.take<float>(count * static_cast<size_t>(params.num_outputs));
+    if (params.pick_weights != nullptr)
+      outputs.rows = slices.take<float>(count * static_cast<size_t>(params.num_outputs));
   }
 
   // Of one copy, rounded up to cache lines.
@@ -139,69 +136,6 @@ struct Run {
     return result;
   }
 
-  // What stands after the matmul. out [tiles][rows][16]; `column` is the first output of y.
-  SINKEXPORT_INLINE void finish(const Segment& segment, int64_t first_row, int rows, int64_t column, int num_tiles,
-                                const float* out) const {
-    for (int n = 0; n < (params.is_gated ? 1 : num_tiles); ++n, column += 16, out += rows * 16) {
-      const FinishedTile tile{segment.first + first_row,
-                              rows,
-                              column,
-                              smaller(16, params.num_outputs - column),
-                              segment.expert * params.num_outputs * (params.is_gated ? 2 : 1),
-                              out};
-      switch (params.activation) {
-        case Activation::kNone:
-          finishTile<Activation::kNone>(tile);
-          break;
-        case Activation::kSilu:
-          finishTile<Activation::kSilu>(tile);
-          break;
-        case Activation::kGelu:
-          finishTile<Activation::kGelu>(tile);
-          break;
-        case Activation::kGeluTanh:
-          finishTile<Activation::kGeluTanh>(tile);
-          break;
-        case Activation::kRelu2:
-          finishTile<Activation::kRelu2>(tile);
-          break;
-        case Activation::kClampedSwiglu:
-          finishTile<Activation::kClampedSwiglu>(tile);
-          break;
-      }
-    }
-  }
-
-  template <Activation activation>
-  void finishTile(const FinishedTile& tile) const {
-    const int64_t outputs = params.num_outputs;
-    const bool is_whole = tile.width == 16;
-    const Floats multiplier = broadcast(params.multiplier), limit = broadcast(params.activation_limit);
-    const bool is_last = params.output_norm_weight == nullptr && rows == nullptr;  // else the residual comes later
-    const float* residual = is_last ? params.residual : nullptr;
-    float* y = rows == nullptr ? params.y : rows;
-    Floats bias = broadcast(0.0f), up_bias = bias;
-    if (params.bias != nullptr) {
-      const float* from = params.bias + tile.bias_at + tile.column;
-      bias = loadUpTo(from, tile.width);
-      if (params.is_gated) up_bias = loadUpTo(from + outputs, tile.width);
-    }
-    for (int r = 0; r < tile.rows; ++r) {
-      const int64_t at = segments.rowOfY(tile.first_row + r) * outputs + tile.column;
-      const Floats sums = load(tile.out + r * 16) + bias;
-      Floats value = params.is_gated
-                         ? activateGated<activation>(sums, load(tile.out + (tile.rows + r) * 16) + up_bias, limit)
-                         : activate<activation>(sums);
-      value = value * multiplier;
-      if (residual != nullptr) value = value + loadUpTo(residual + at, tile.width);
-      if (is_whole) {
-        store(y + at, value);
-      } else {
-        storePart(y + at, value, tile.width);
-      }
-    }
-  }
-
   // Rows of a segment that are multiplied at a time, about the same each time.
   int64_t rowsAtATime(const Segment& segment) const {
     const int64_t fitting = kBytesAtATime / (format.x_inputs * format.x_bytes) / format.largest_rows;
@@ -233,19 +167,6 @@ struct Run {
     return {of.weight + count * of.weight_stride, of.weight_stride, groups * group_bytes, count};
   }
 
-  // Asks for what finish() reads and writes: rows lie too far apart for the processor to see what comes next.
-  SINKEXPORT_INLINE void askForOutputs(const Segment& segment, int64_t first_row, int rows, int64_t column) const {
-    const float* residual = params.output_norm_weight == nullptr && this->rows == nullptr ? params.residual : nullptr;
-    const float* y = this->rows == nullptr ? params.y : this->rows;
-    for (int r = 0; r < rows; ++r) {
-      const int64_t at = segments.rowOfY(segment.first + first_row + r) * params.num_outputs + column;
-      for (int64_t i = 0; i < (params.is_gated ? 16 : kTiles * 16); i += 16) {
-        prefetch(y + at + i);
-        if (residual != nullptr) prefetch(residual + at + i);
-      }
-    }
-  }
-
   // The same for many rows of integers.
   void multiplyPanels(const PackedRows& from, const Segment& segment, int64_t first_tile, int64_t last_tile,
                       int64_t first, int64_t last) const {
@@ -272,12 +193,12 @@ struct Run {
             const PackedRows block = blockOf(from, segment.first + m);
             const auto* x = reinterpret_cast<const int8_t*>(block.values) + g * format.group;
             next.ask((m - first) / kRows, blocks);
-            if (g + groups == format.groups) askForOutputs(segment, m, rows, column);
+            if (g + groups == format.groups) outputs.ask(segment, m, rows, column);
             float* totals = panel.totals + ((m - first) * num_tiles + n * rows) * 16;
             findPanelTile(rows, side_by_side)(panel, groups, of.group_steps, x, format.x_inputs,
                                               block.scales + g * rows, g == 0, totals);
             if (n + side_by_side < num_tiles || g + groups < format.groups) continue;
-            finish(segment, m, rows, column, num_tiles, totals - n * rows * 16);
+            outputs.finish(segment, m, rows, column, num_tiles, totals - n * rows * 16);
           }
         }
       }
@@ -310,7 +231,7 @@ struct Run {
         const int64_t next = of.weight_stride > 2 * kAhead ? kAhead : num_tiles * of.weight_stride;
         of.prefetch_ahead = at_once == 1 ? kAhead : m + rows == last ? next : 0;
         multiplyBlock(of, rows, num_tiles, at_once, out);
-        finish(segment, m, rows, params.is_gated ? tile / 2 * 16 : tile * 16, num_tiles, out);
+        outputs.finish(segment, m, rows, params.is_gated ? tile / 2 * 16 : tile * 16, num_tiles, out);
       }
     }
   }
@@ -367,34 +288,6 @@ struct Run {
     });
   }
 
-  // The norm after the matmul, and the residual: a row needs all of its tiles.
-  void normaliseOutputs(const Parallel& parallel) const {
-    const int64_t rows = params.num_rows;
-    const int64_t parts = rows * params.num_outputs <= kPackedByEach ? 1 : smaller(rows, parallel.threads);
-    parallelFor(parallel, parts, [&](int64_t part) {
-      for (int64_t m = part * rows / parts; m < (part + 1) * rows / parts; ++m) finishRow(params, m);
-    });
-  }
-
-  // Weighted sums of the rows that the experts gave.
-  void sumRows(const Parallel& parallel) const {
-    const int64_t outputs = params.num_outputs, each = params.num_rows / params.num_sums;
-    const int64_t parts = params.num_rows * outputs <= kPackedByEach ? 1 : smaller(params.num_sums, parallel.threads);
-    parallelFor(parallel, parts, [&](int64_t part) {
-      for (int64_t m = part * params.num_sums / parts; m < (part + 1) * params.num_sums / parts; ++m) {
-        for (int64_t n = 0; n < outputs; n += 16) {
-          const int64_t left = outputs - n, at = m * outputs + n;
-          Floats total = broadcast(0.0f);
-          for (int64_t i = m * each; i < (m + 1) * each; ++i) {
-            total = fma(broadcast(params.pick_weights[i]), loadUpTo(rows + i * outputs + n, left), total);
-          }
-          if (params.residual != nullptr) total = total + loadUpTo(params.residual + at, left);
-          storePart(params.y + at, total, left);
-        }
-      }
-    });
-  }
-
   static constexpr int kMostRows = kRows > kFloatRows ? kRows : kFloatRows;
   static_assert(kMostPanelRows % kRows == 0 && kMostPanelRows % kFloatRows == 0);
   static_assert(kTiles <= 2 && kFloatTiles <= 2);
@@ -415,8 +308,8 @@ void runLinear(const LinearParams& params, const Parallel& parallel, Scratch& sc
     }
   }
   run.multiplyAll(parallel);
-  if (params.output_norm_weight != nullptr) run.normaliseOutputs(parallel);
-  if (params.pick_weights != nullptr) run.sumRows(parallel);
+  if (params.output_norm_weight != nullptr) run.outputs.normalise(parallel);
+  if (params.pick_weights != nullptr) run.outputs.sumRows(parallel);
 }
 
 }  // namespace sinkexport::cpu::SINKEXPORT_ISA

@@ -289,34 +289,6 @@ void attendTiles(const SinkAttentionParams& p, const ChunkPlan& plan, const Chun
 #endif
 }
 
-// Prepares new rows, piece by piece.
-inline void prepareWorker(const SinkAttentionParams& p, const ChunkPlan& plan, int worker) {
-  const int64_t pieces = int64_t{p.batch} * p.num_kv_heads * plan.pieces_per_unit;
-  while (true) {
-    const int64_t next = __atomic_fetch_add(plan.next_piece, 1, __ATOMIC_RELAXED);
-    if (next >= pieces) return;
-    Item item{};
-    item.unit = next / plan.pieces_per_unit;
-    item.b = item.unit / p.num_kv_heads;
-    item.kv_head = item.unit % p.num_kv_heads;
-    const StreamCache& cache = plan.streams[item.b];
-    item.num_tokens = cache.num_valid;
-    const int first = static_cast<int>(next % plan.pieces_per_unit) * kPieceTokens;
-    const int last = first + kPieceTokens < item.num_tokens ? first + kPieceTokens : item.num_tokens;
-    if (first >= last) continue;
-    ChunkWork work = plan.work[worker];
-    static_cast<ChunkRows&>(work) = plan.rows[item.unit];
-    prepareRows(p, cache, work, item, first, last);
-#ifdef SINKEXPORT_BF16
-    if (work.pairs_k == nullptr) continue;
-    asFactors<Bf16Matmul, FloatRow>(work.keys + int64_t{first} * p.head_dim, nullptr, last - first, p.head_dim, false,
-                                    static_cast<uint16_t*>(work.pairs_k) + int64_t{first} * p.head_dim);
-    asFactors<Bf16Matmul, FloatRow>(work.values + int64_t{first} * p.value_dim, nullptr, last - first, p.value_dim,
-                                    true, static_cast<uint16_t*>(work.pairs_v) + int64_t{first} * p.value_dim);
-#endif
-  }
-}
-
 inline void chunkWorker(const SinkAttentionParams& p, const ChunkPlan& plan, int worker) {
   ChunkWork work = plan.work[worker];
   const int64_t item_rows = int64_t{plan.tiles_per_item} * plan.tile_vectors * 16;
