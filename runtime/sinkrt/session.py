@@ -215,16 +215,62 @@ class Session:
         with `position` at the first token that failed.
         """
         active = self._table.chosen(streams)
-        array = integers(ids)
-        if array.ndim == 1 and len(active) == 1:
-            array = array[None, :]
-        if array.size == 0:
-            raise UsageError(problem("prompt", received="no tokens", expected="at least one", fix="give some text"))
-        width = array.shape[-1] if array.ndim else 1
-        tokens = token_ids(array, (len(active), width), self._manifest.model.vocab_size)
-        counts = valid_counts(num_valid, len(active), width)
+        tokens, counts = self._rows_of_tokens(ids, num_valid, active)
         self._table.check_room(active, counts)
         self._loaded().prefill(tokens, counts, active)
+        return self.logits
+
+    # --- drafts ---
+
+    @property
+    def num_drafts(self) -> int:
+        """K, drafted tokens that `verify` takes beside the one before them; 0: the bundle was exported without."""
+        return self._manifest.num_drafts
+
+    def verify(
+        self,
+        ids: npt.ArrayLike,
+        num_valid: npt.ArrayLike | None = None,
+        streams: Sequence[int] | None = None,
+    ) -> npt.NDArray[np.float32]:
+        """Compute the logits after each of up to K + 1 tokens, and feed none: `commit` feeds those that are right.
+
+        Arguments as of `prefill`. Returns: float32 [B, K + 1, vocab], which the next call overwrites; entries of other
+        streams and behind a stream's tokens mean nothing.
+
+        Raises: as `prefill`; UsageError if the bundle has no graph for it, or for more than K + 1 tokens.
+        """
+        active = self._table.chosen(streams)
+        runner = self._loaded()
+        verifier = runner.verifier(self._manifest)
+        tokens, counts = self._rows_of_tokens(ids, num_valid, active)
+        if tokens.shape[1] > self.num_drafts + 1:
+            raise UsageError(
+                problem(
+                    "tokens to verify",
+                    received=tokens.shape[1],
+                    expected=f"at most {self.num_drafts + 1}: one, and {self.num_drafts} drafted",
+                    fix="verify fewer, or export with a larger --speculate",
+                )
+            )
+        self._table.check_room(active, counts)
+        return runner.verify(verifier, tokens, counts, active)
+
+    def commit(self, counts: npt.ArrayLike, streams: Sequence[int] | None = None) -> npt.NDArray[np.float32]:
+        """Feed the next counts[i] tokens of what `verify` was given, exactly as if they came by `step`.
+
+        counts: int [B], or one for each of `streams`, 0 .. as many as are left. It may be called several times. The
+        others are forgotten when a stream is fed in another way. Returns: logits float32 [B, vocab].
+
+        Raises: UsageError for more tokens than were verified and are left.
+        """
+        active = self._table.chosen(streams)
+        array = np.asarray(integers(counts), dtype=np.int64).reshape(-1)
+        if array.size != active.size:
+            raise UsageError(
+                problem("counts", received=array.size, expected=f"{active.size}, one a stream", fix="give one for each")
+            )
+        self._loaded().commit(array, active)
         return self.logits
 
     # --- streams as a whole ---
@@ -323,6 +369,19 @@ class Session:
                     fix=f"export with --pin-system, or --sink-tokens {needed}",
                 )
             )
+
+    def _rows_of_tokens(
+        self, ids: npt.ArrayLike, num_valid: npt.ArrayLike | None, active: npt.NDArray[np.int64]
+    ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+        """Tokens int64 [n, N] and how many of each row count, [n]."""
+        array = integers(ids)
+        if array.ndim == 1 and len(active) == 1:
+            array = array[None, :]
+        if array.size == 0:
+            raise UsageError(problem("prompt", received="no tokens", expected="at least one", fix="give some text"))
+        width = array.shape[-1] if array.ndim else 1
+        tokens = token_ids(array, (len(active), width), self._manifest.model.vocab_size)
+        return tokens, valid_counts(num_valid, len(active), width)
 
     # --- end ---
 
