@@ -227,6 +227,12 @@ class GraphRunner:
                 )
                 table.unfinished()
 
+    def num_verified(self) -> npt.NDArray[np.int64]:
+        """Tokens of each stream that `commit` could feed, int64 [B]."""
+        drafts, position = self._drafts, self._table.position
+        left = [0 if drafts is None else drafts.left(i, int(t)) for i, t in enumerate(position)]
+        return np.array(left, dtype=np.int64)
+
     def _commit_stream(self, drafts: _Drafts, stream: int, position: int, count: int) -> None:
         first, table = position - int(drafts.position[stream]), self._table
         if self._state_rows is not None:

@@ -30,7 +30,9 @@ from sinkrt.contract import Manifest, check_files, load_manifest
 from sinkrt.errors import UsageError, problem
 from sinkrt.generate import check_batch, generate
 from sinkrt.graph_runner import GraphRunner, StreamCopy, smallest_chunk
+from sinkrt.rewind import Rewinder
 from sinkrt.sampler import SamplingParams
+from sinkrt.speculate import Speculation, load_speculation
 from sinkrt.state import read_state, save_state
 from sinkrt.stream_table import StreamTable
 from sinkrt.text import Tokenizer
@@ -65,6 +67,8 @@ class Session:
         # None: the session is closed.
         self._runner: GraphRunner | None = GraphRunner(loaded, self._table, manifest.stream.chunk_size, manifest.target)
         self._tokenizer: Tokenizer | None = None
+        self._threads = threads
+        self._speculations: dict[str, Speculation] = {}
 
     @classmethod
     def load(
@@ -223,6 +227,35 @@ class Session:
     # --- drafts ---
 
     @property
+    def bundle(self) -> Path:
+        """The bundle's folder."""
+        return self._bundle
+
+    @property
+    def num_verified(self) -> npt.NDArray[np.int64]:
+        """Tokens that `verify` was given and `commit` could still feed, of each stream: int64 [B]."""
+        return self._loaded().num_verified()
+
+    def speculation(self, speculate: str) -> Speculation:
+        """What guesses tokens for `generate` with this `speculate`, and its `tally` since the session was loaded.
+
+        Raises: as `generate`.
+        """
+        check_batch(self.batch)
+        if speculate not in self._speculations:
+            found = load_speculation(self, speculate, self._threads)
+            self._loaded().verifier(self._manifest)
+            self._speculations[speculate] = found
+        return self._speculations[speculate]
+
+    def rewinder(self, count: int) -> Rewinder:
+        """Make what can take back the last tokens of a session of one stream, up to `count` of them.
+
+        Raises: UsageError for recurrent states, or a window of fewer tokens.
+        """
+        return Rewinder(self._loaded(), self._table, self._manifest, count)
+
+    @property
     def num_drafts(self) -> int:
         """K, drafted tokens that `verify` takes beside the one before them; 0: the bundle was exported without."""
         return self._manifest.num_drafts
@@ -330,6 +363,7 @@ class Session:
         stop: str | Sequence[str] = (),
         ignore_eos: bool = False,
         allow_special: bool = False,
+        speculate: str | None = None,
     ) -> Iterator[str]:
         """Feed `prompt`, a text or ids, and yield the answer's text piece by piece, whole characters only.
 
@@ -338,6 +372,8 @@ class Session:
         stop: one or several texts; the answer ends before the first that comes, special tokens included.
         allow_special: the names of special tokens in a prompt of text become those tokens, as in a rendered chat;
         otherwise they are text like any other, and a warning says so.
+        speculate: what guesses tokens, which are verified several at a time (docs/speculation.md): ``ngram``, what
+        followed in the text before; ``draft:DIR``, a smaller model's bundle; None: nothing.
         The other options are those of `SamplingParams`. The prompt is fed at once, each token of the answer before
         the piece that it completes is yielded. The stream goes on: a later call continues it. The token that ends
         a text is not fed.
@@ -348,8 +384,11 @@ class Session:
         check_batch(self.batch)
         params = AnswerParams(max_tokens, (stop,) if isinstance(stop, str) else tuple(stop), ignore_eos)
         sampling = SamplingParams(temperature, top_k, top_p, repetition_penalty, seed)
+        speculation = None if speculate is None else self.speculation(speculate)
         recent = self._table.recent_ids[0]
-        return generate(self, prompt, sampling, params, recent, allow_special=allow_special)
+        return generate(
+            self, prompt, sampling, params, recent, allow_special=allow_special, speculation=speculation
+        )
 
     def require_pinned(self, system: str, *, template_args: Mapping[str, Any] | None = None) -> None:
         """Make sure that the sinks cover this system message, so that a conversation never forgets it.
@@ -388,6 +427,8 @@ class Session:
     def close(self) -> None:
         """Release the backend and its memory; the session cannot be used afterwards. Closing twice is fine."""
         self._runner = None
+        for speculation in self._speculations.values():
+            speculation.drafter.close()
         if self._tokenizer is not None:
             self._tokenizer.close()
 
