@@ -20,10 +20,10 @@ FIRST_PAUSE, MAX_PAUSE = 8, 64
 
 
 class DraftLength:
-    """Chooses lengths of guesses, 0 .. most."""
+    """Chooses lengths of guesses, 0 .. most. cost: of making one token of a guess, in steps."""
 
-    def __init__(self, most: int) -> None:
-        self._most = most
+    def __init__(self, most: int, cost: float = 0.0) -> None:
+        self._most, self._token_cost = most, TOKEN_COST + cost
         self._acceptance = FIRST_ACCEPTANCE
         self._pause, self._next_pause, self._is_trial = 0, FIRST_PAUSE, False
 
@@ -35,7 +35,7 @@ class DraftLength:
         best, found, a = 1.0, 0, self._acceptance
         for count in range(1, self._most + 1):
             tokens = (1 - a ** (count + 1)) / (1 - a)  # of a round, expected
-            if (gain := tokens / (1 + RUN_COST + TOKEN_COST * count)) > best:
+            if (gain := tokens / (1 + RUN_COST + self._token_cost * count)) > best:
                 best, found = gain, count
         self._is_trial = not found
         return found or min(TRIAL_TOKENS, self._most)

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import numpy.typing as npt
 
+from sinkrt.contract import Manifest
 from sinkrt.contract.sampling import SamplingParams
 from sinkrt.errors import UsageError, problem
 from sinkrt.sampler import Sampler
@@ -26,15 +27,17 @@ if TYPE_CHECKING:
 class DraftModel:
     """Implements `Drafter`. draft: a session of one stream, its own. ids: between its vocabulary and the model's.
 
+    most: tokens of a guess. cost: of one of its steps, in steps of the model.
+
     What it takes back after a rejected guess is restored in its ring, so that it never forgets more than it should.
     """
 
-    def __init__(self, draft: Session, ids: VocabularyMap, most: int) -> None:
+    def __init__(self, draft: Session, ids: VocabularyMap, most: int, cost: float = 0.0) -> None:
         if draft.batch != 1:
             raise UsageError(
                 problem("draft bundle", received=f"{draft.batch} streams", expected="batch 1", fix="export with --batch 1")
             )
-        self._draft, self._ids = draft, ids
+        self._draft, self._ids, self._cost = draft, ids, cost
         self._rewinder = draft.rewinder(most)
         self._sampling, self._sampler = SamplingParams(), Sampler(SamplingParams(), draft.manifest.model.vocab_size)
         self._fed: collections.deque[int] = collections.deque(maxlen=draft.capacity)  # the model's ids
@@ -52,10 +55,15 @@ class DraftModel:
 
         draft = Session.load(bundle, threads=threads)
         try:
-            return cls(draft, map_vocabularies(session, draft), session.num_drafts)
+            cost = _step_bytes(draft.manifest) / _step_bytes(session.manifest)
+            return cls(draft, map_vocabularies(session, draft), session.num_drafts, cost)
         except BaseException:
             draft.close()
             raise
+
+    @property
+    def cost(self) -> float:
+        return self._cost
 
     def start(self, ids: npt.NDArray[np.int64], position: int, sampling: SamplingParams) -> None:
         if sampling != self._sampling:
@@ -114,3 +122,9 @@ class DraftModel:
         if self._sampling.temperature == 0 and self._sampling.repetition_penalty == 1:
             return int(logits.argmax())
         return self._sampler.sample(logits, self._draft.recent_ids(), self._position + ahead)
+
+
+def _step_bytes(manifest: Manifest) -> int:
+    """Bytes that a step reads, which is what it takes its time for."""
+    weights = manifest.graphs["decode"].weight_bytes
+    return (manifest.weights_bytes if weights is None else weights) + manifest.state_bytes

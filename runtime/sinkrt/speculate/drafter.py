@@ -14,6 +14,11 @@ from sinkrt.contract.sampling import SamplingParams
 class Drafter(Protocol):
     """Guesses tokens. It knows the stream's tokens by what it is given, and keeps a bounded number of them."""
 
+    @property
+    def cost(self) -> float:
+        """Time of one guessed token, in steps of the model."""
+        ...
+
     def start(self, ids: npt.NDArray[np.int64], position: int, sampling: SamplingParams) -> None:
         """Begin with a stream whose last tokens are `ids`, int64 [N], oldest first; forget any other.
 

@@ -69,7 +69,7 @@ class _Rounds:
         self._sampling = sampling
         self._session, self._answer, self._recent = session, answer, recent
         self._drafter, self._tally = speculation.drafter, speculation.tally
-        self._length = DraftLength(speculation.most)
+        self._length = DraftLength(speculation.most, speculation.drafter.cost)
         self._known = -1  # position up to which the drafter knows the stream
         self._unseen: list[int] = []  # tokens fed since, which it does not know
 

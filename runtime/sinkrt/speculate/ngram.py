@@ -31,6 +31,10 @@ class NgramDrafter:
         self._guess: list[int] = []
         self._forget()
 
+    @property
+    def cost(self) -> float:
+        return 0.0
+
     def start(self, ids: npt.NDArray[np.int64], position: int, sampling: SamplingParams) -> None:  # noqa: ARG002
         found = ids.tolist()
         if found and self._ids[-len(found) :] == found:  # the stream that is known already

@@ -1,7 +1,7 @@
-"""Prompts of the speculation benchmark: three tasks whose answers repeat the prompt, and free text.
+"""Prompts for measuring speculation: three tasks whose answers repeat the prompt, and free text.
 
-Each is (prompt, is_chat): a user's message for the chat template, or a text to continue as it is. Written for this
-benchmark, not chosen among others by their results.
+Each is (prompt, is_chat): a user's message for the chat template, or a text to continue as it is. Written for this,
+not chosen among others by their results.
 """
 
 from __future__ import annotations
