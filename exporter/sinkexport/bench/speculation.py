@@ -10,6 +10,7 @@ import dataclasses
 import json
 import statistics
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -96,12 +97,13 @@ def run_speculation(
         times = []
         for number, (name, (text, is_chat), is_task) in enumerate(texts):
             report("decode", number, len(texts))
-            times.append(_measure(session, speculate, name, _ids(session, text, is_chat), tokens, turns, is_task))
+            times.append(_measure(session, speculate, name, prompt_ids(session, text, is_chat=is_chat), tokens, turns, is_task))
         report("decode", len(texts), len(texts))
     return SpeculationReport(speculate, found, tuple(times))
 
 
-def _ids(session: Session, text: str, is_chat: bool) -> list[int]:
+def prompt_ids(session: Session, text: str, *, is_chat: bool) -> list[int]:
+    """Ids of a text, as a user's message if the bundle has a chat template and `is_chat`."""
     tokenizer = session.tokenizer
     if is_chat and tokenizer.has_chat_template:
         return tokenizer.chat_ids([{"role": "user", "content": text}])
@@ -115,23 +117,29 @@ def _measure(
     session.prefill(ids)
     start = session.copy_stream(0)
     plain_ms, speculated_ms, tally = [], [], Tally()
-    _answer(session, start, 4, None)  # the copy has pushed the weights out of the caches
+    answer_ids(session, start, 4, None)  # the copy has pushed the weights out of the caches
     for _ in range(turns):
-        plain, ms = _answer(session, start, tokens, None)
+        plain, ms = answer_ids(session, start, tokens, None)
         plain_ms.append(ms)
         tally = session.speculation(speculate).tally = Tally()
-        guessed, ms = _answer(session, start, tokens, speculate)
+        guessed, ms = answer_ids(session, start, tokens, speculate)
         speculated_ms.append(ms)
     pairs = enumerate(zip(plain, guessed, strict=True))
     parted = next((number for number, (one, other) in pairs if one != other), None)
     return SpeculationTimes(name, is_task, tuple(plain_ms), tuple(speculated_ms), tally, parted)
 
 
-def _answer(session: Session, start: StreamCopy, tokens: int, speculate: str | None) -> tuple[list[int], float]:
-    """Continue a stream. Returns: the last ids that fit the cache, and milliseconds a token."""
+def answer_ids(
+    session: Session,
+    start: StreamCopy,
+    tokens: int,
+    speculate: str | None,
+    clock: Callable[[], float] = time.perf_counter,
+) -> tuple[list[int], float]:
+    """Continue a stream. Returns: the last ids that fit the cache, and milliseconds a token. clock: in seconds."""
     session.place_stream(0, start)
-    begun = time.perf_counter()
+    begun = clock()
     for _ in session.generate(None, max_tokens=tokens, ignore_eos=True, speculate=speculate):
         pass
-    took = time.perf_counter() - begun
+    took = clock() - begun
     return session.recent_ids().tolist()[-min(tokens, session.capacity) :], took * 1e3 / tokens

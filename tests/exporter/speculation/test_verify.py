@@ -9,13 +9,14 @@ from typing import Any
 import numpy as np
 import pytest
 from sinkexport.config import ExportConfig
-from sinkexport.variants.head_windows import HeadWindowFile
+
 from sinkrt import Session
 from sinkrt.backends.cpu_library import is_usable
 from sinkrt.contract.drafts import rows_by_state
 from sinkrt.errors import BundleError, UsageError
 
 from tests.exporter.tiny_models import tiny_model
+from tests.exporter.variants.test_head_windows import window_file
 from tests.runtime.faults import load_faulty
 from tests.support import SharedExports, export_model, random_ids, refused, run_cli
 
@@ -112,7 +113,7 @@ def test_drafts_of_one_stream_that_fill_the_window(target: str, tmp_path: Path) 
 
 def test_drafts_and_per_head_windows(tmp_path: Path) -> None:
     model = tiny_model("llama")
-    windows = HeadWindowFile(model="LlamaForCausalLM", windows=((9, 5), (7, 9)))
+    windows = window_file("llama", ((9, 5), (7, 9)))
     export_model(model, tmp_path / "b", ExportConfig(target="onnx", budgets=windows, **GEOMETRY))
     assert_drafts_are_plain_tokens(tmp_path / "b")
 
