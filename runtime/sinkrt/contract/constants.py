@@ -32,8 +32,9 @@ ROWS_SUFFIX = ".rows"
 """What follows the name of a state in the name of its new rows, an output of the graph that verifies."""
 
 STATE_FORMAT = "sinkrt-state"
+STREAM_FORMAT = "sinkrt-stream"
 STATE_VERSION = "2"
-"""Version of the files that `save_state` writes."""
+"""Version of the files of states and of single streams."""
 
 PLUGIN_ABI = "4"
 """Version of the TensorRT plugins' names, inputs, outputs and fields, as the graphs of this version have them."""
