@@ -7,7 +7,8 @@ llama.cpp plain, llama.cpp guessing), so that whatever else the machine does hit
 `sinkexport bench --speculate`. A turn is a whole answer without the prompt: of llama.cpp what its server reports as
 the time of its predicted tokens.
 
-llama.cpp is PyPI's xllamacpp, which runs MODEL as it is stored: compare each with its own plain steps. On a machine that has other work, --threads 1 --processor-time shows what each costs.
+llama.cpp is PyPI's xllamacpp, which runs MODEL as it is stored: compare each with its own plain steps. On a machine
+that has other work, --threads 1 --processor-time shows what each costs.
 """
 
 from __future__ import annotations
@@ -51,7 +52,11 @@ class LlamaCpp:
         begun = time.process_time()
         reply: dict[str, Any] = self._server.handle_completions(request)
         used, timings = (time.process_time() - begun) * 1e3 / tokens, reply["timings"]
-        return used if processor_time else timings["predicted_per_token_ms"], timings.get("draft_n", 0), timings.get("draft_n_accepted", 0)
+        return (
+            used if processor_time else timings["predicted_per_token_ms"],
+            timings.get("draft_n", 0),
+            timings.get("draft_n_accepted", 0),
+        )
 
 
 def main() -> None:

@@ -56,7 +56,7 @@ class ExportConfig:
     budgets: per-head windows (docs/head_windows.md), the longest of window_size tokens; None: all heads have it.
     sink_tuning: factors on the attention to token 0 (docs/sink_tuning.md); None: attention is the model's own.
     affine: scales and biases of the attention weights (docs/sink_tuning.md); None: they are those of the softmax.
-    speculate: K, tokens drafted ahead that one run of the verify graph takes (docs/speculation.md); None: no such graph.
+    speculate: K, drafted tokens that one run of the verify graph takes (docs/speculation.md); None: no such graph.
 
     Raises: UsageError.
     """

@@ -42,7 +42,7 @@ class Rewinder:
         self._rows.read(0, self._start, self._count)
 
     def back_to(self, position: int) -> None:
-        """Take back all tokens from `position` on, which is not before the mark. Logits stay those of the last token."""
+        """Take back all tokens from `position` on, which is not before the mark. Logits stay as they are."""
         done = position - self._start
         self._rows.write(0, position, done, int(self._table.position[0]) - position)
         self._table.position[0] = position

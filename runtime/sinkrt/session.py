@@ -243,10 +243,14 @@ class Session:
         """
         check_batch(self.batch)
         if speculate not in self._speculations:
-            found = load_speculation(self, speculate, self._threads)
+            found = load_speculation(self, speculate, self._open_beside)
             self._loaded().verifier(self._manifest)
             self._speculations[speculate] = found
         return self._speculations[speculate]
+
+    def _open_beside(self, bundle: Path) -> Session:
+        """Open another bundle, on as many threads."""
+        return Session.load(bundle, threads=self._threads)
 
     def rewinder(self, count: int) -> Rewinder:
         """Make what can take back the last tokens of a session of one stream, up to `count` of them.
@@ -386,9 +390,7 @@ class Session:
         sampling = SamplingParams(temperature, top_k, top_p, repetition_penalty, seed)
         speculation = None if speculate is None else self.speculation(speculate)
         recent = self._table.recent_ids[0]
-        return generate(
-            self, prompt, sampling, params, recent, allow_special=allow_special, speculation=speculation
-        )
+        return generate(self, prompt, sampling, params, recent, allow_special=allow_special, speculation=speculation)
 
     def require_pinned(self, system: str, *, template_args: Mapping[str, Any] | None = None) -> None:
         """Make sure that the sinks cover this system message, so that a conversation never forgets it.

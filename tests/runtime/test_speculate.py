@@ -119,8 +119,8 @@ DRAWS = 200_000
 )
 @pytest.mark.parametrize("guess", [3, "sampled"])
 def test_guesses_do_not_change_the_distribution(params: SamplingParams, guess: int | str) -> None:
-    """A guess is kept where the model's own pick is the same. Chi-square over tokens, of guesses that are always the same
-    and of those that a smaller model draws with the same numbers; 200,000 where all options are set.
+    """A guess is kept where the model's own pick is the same. Chi-square over tokens, of guesses that are always the
+    same and of those that a smaller model draws with the same numbers; 200,000 where all options are set.
     """
     random = np.random.default_rng(7)
     logits = random.normal(0, 1.5, VOCAB).astype(np.float32)

@@ -1,7 +1,7 @@
 """Speed with guessed tokens beside plain steps, on texts: what `sinkexport bench --speculate` measures.
 
-Both continue the same stream greedily, in turns, so that slow moments of a shared machine hit both alike. Greedy answers
-must be the same but where two tokens are equally likely up to rounding; where they part is reported.
+Both continue the same stream greedily, in turns, so that slow moments of a shared machine hit both alike. Greedy
+answers must be the same but where two tokens are equally likely up to rounding; where they part is reported.
 """
 
 from __future__ import annotations
@@ -93,11 +93,15 @@ def run_speculation(
     report("load", 0, 1)
     with Session.load(bundle, backend, threads=count) as session:
         session.speculation(speculate)
-        texts = [(name, text, True) for name, text in TASKS.items()] + [(name, text, False) for name, text in FREE.items()]
+        texts = [(name, text, True) for name, text in TASKS.items()] + [
+            (name, text, False) for name, text in FREE.items()
+        ]
         times = []
         for number, (name, (text, is_chat), is_task) in enumerate(texts):
             report("decode", number, len(texts))
-            times.append(_measure(session, speculate, name, prompt_ids(session, text, is_chat=is_chat), tokens, turns, is_task))
+            times.append(
+                _measure(session, speculate, name, prompt_ids(session, text, is_chat=is_chat), tokens, turns, is_task)
+            )
         report("decode", len(texts), len(texts))
     return SpeculationReport(speculate, found, tuple(times))
 

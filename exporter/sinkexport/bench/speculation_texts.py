@@ -8,14 +8,15 @@ from __future__ import annotations
 
 LETTER = """Dear Anna,
 
-thank you for your letter of last week. The workshop will take place on the ninth of May in the old town hall, and we \
-expect about forty guests from six countries. Please send me the title of your talk before the end of April, together \
-with a short summary of no more than two hundred words. Every speaker has thirty minutes, ten of which are meant for \
-questions from the audience. The projector in the large room takes an ordinary cable, but please bring your own adapter \
-if your computer is very new. Lunch is served at noon in the garden behind the hall; in case of rain we shall move to \
-the library on the first floor. The hotel where we have booked rooms is five minutes away on foot, and breakfast is \
-included in the price. If you come by train, take the exit towards the river and follow the signs to the market place. \
-I am looking forward to seeing you again, and I hope that the weather will be as kind to us as it was two years ago.
+thank you for your letter of last week. The workshop will take place on the ninth of May in the old town hall, \
+and we expect about forty guests from six countries. Please send me the title of your talk before the end of \
+April, together with a short summary of no more than two hundred words. Every speaker has thirty minutes, ten \
+of which are meant for questions from the audience. The projector in the large room takes an ordinary cable, \
+but please bring your own adapter if your computer is new. Lunch is served at noon in the garden behind the \
+hall; in case of rain we shall move to the library on the first floor. The hotel where we have booked rooms is \
+five minutes away on foot, and breakfast is included in the price. If you come by train, take the exit towards \
+the river and follow the signs to the market place. I am looking forward to seeing you again, and I hope that \
+the weather will be as kind to us as it was two years ago.
 
 With best wishes,
 Thomas"""

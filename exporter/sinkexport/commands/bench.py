@@ -54,8 +54,8 @@ Figures = Mapping[str, Any]
 )
 @number_option("--prompt-tokens", BenchConfig.prompt_tokens, "Length of the prompt whose prefill is timed.")
 @speculate_option(
-    "Measure guessed tokens instead: answers of --steps tokens to texts that repeat themselves and to others, beside plain "
-    "steps. As of 'sinkexport run'."
+    "Measure guessed tokens instead: answers of --steps tokens to texts that repeat themselves and to others, beside "
+    "plain steps. As of 'sinkexport run'."
 )
 @threads_option
 @backend_option

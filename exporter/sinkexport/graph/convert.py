@@ -57,8 +57,8 @@ def build_graph(
 ) -> BuiltGraph:
     """Run the passes of `target` on a traced run that is converted, and name its tensors.
 
-    role: ``decode``, ``prefill`` or ``verify``, the graph's name. state_names: layer, kind and name of each state, in the order of
-    the trace's inputs: ids, position, the states, and num_valid if there is one.
+    role: ``decode``, ``prefill`` or ``verify``, the graph's name. state_names: layer, kind and name of each state, in
+    the order of the trace's inputs: ids, position, the states, and num_valid if there is one.
     plan: what to quantise; None: nothing. num_sinks: first tokens of a stream that quantisation may treat apart.
 
     Raises: UsageError naming a weight that cannot be quantised, or a state that may be read after it is written;

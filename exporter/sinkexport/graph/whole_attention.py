@@ -17,7 +17,6 @@ from sinkexport.graph.operators import DOMAIN, SINK_ATTENTION, STREAM_ANGLES, In
 from sinkexport.graph.output_gate import absorb, find_output_gate
 from sinkexport.graph.turned_weights import TurnedWeight
 
-
 HANDS_OUT = 2
 """Value of the field ``reads_only`` of a node that hands out the rows which it would write."""
 
@@ -111,7 +110,7 @@ class States:
         return [*self.window, *self.scales, *self.sinks]
 
     def new_rows(self, num_tokens: int) -> States:
-        """Values as the rows of so many tokens are, without names. Sinks and a window of one type have the same rows."""
+        """Values like the rows of so many tokens, without names. Sinks and a window of one type have the same rows."""
 
         def rows(state: ir.Value) -> ir.Value:
             batch, heads, _, *size = known_shape(state)

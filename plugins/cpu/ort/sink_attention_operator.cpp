@@ -2,8 +2,8 @@
 // inputs and fields).
 //
 // A state's input and output are one buffer where a runtime binds them so; two buffers are right too, each run copies
-// the state first then. A node that only reads states has none of them among its outputs, but may hand out the rows that
-// it would write.
+// the state first then. A node that only reads states has none of them among its outputs, but may hand out the rows
+// that it would write.
 #include "sink_attention.h"
 
 #include <cstring>

@@ -1,7 +1,7 @@
 """The graph that verifies drafts: what a manifest says of it, and which output has the new rows of a state.
 
-It takes T = K + 1 tokens of each of the B streams, reads the states and writes none. ``<state>.rows`` is what those tokens
-would write there, the state's shape with T tokens; sinks of the window's type have no rows of their own, but the
+It takes T = K + 1 tokens of each of the B streams, reads the states and writes none. ``<state>.rows`` is what those
+tokens would write there, the state's shape with T tokens; sinks of the window's type have no rows of their own, but the
 window's.
 """
 

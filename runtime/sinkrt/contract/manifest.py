@@ -49,7 +49,9 @@ class Manifest:
     weights_dtype: str = field(metadata=about("of arithmetic, and of weights not quantised", one_of=FLOAT_DTYPES))
     model: ModelFacts = field(metadata=about("what the bundle was made from"))
     stream: StreamFacts = field(metadata=about("geometry of the cache"))
-    graphs: Mapping[str, GraphSpec] = field(metadata=about("by role: decode always, prefill if T > 1, verify if drafts can be verified"))
+    graphs: Mapping[str, GraphSpec] = field(
+        metadata=about("by role: decode always, prefill if T > 1, verify if drafts can be verified")
+    )
     states: tuple[StateSpec, ...] = field(metadata=about("states of all layers"))
     tokenizer: TokenizerFacts | None = field(metadata=about("None: the bundle has none"))
     files: Mapping[str, FileFacts] = field(metadata=about("every file but this and the engines, by path (with '/')"))

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from sinkrt.errors import UsageError, problem
+from sinkrt.speculate.draft_model import DraftModel
 from sinkrt.speculate.drafter import Drafter
 from sinkrt.speculate.ngram import NgramDrafter
+from sinkrt.speculate.sessions import BundleSession, DraftSession
 from sinkrt.speculate.tally import Tally
-
-if TYPE_CHECKING:
-    from sinkrt.session import Session
 
 NGRAM = "ngram"
 DRAFT = "draft:"
@@ -27,8 +26,8 @@ class Speculation:
     tally: Tally = dataclasses.field(default_factory=Tally)
 
 
-def load_speculation(session: Session, wanted: str, threads: int | None = None) -> Speculation:
-    """Open what `wanted` names, for the one stream of `session`. threads: of another bundle.
+def load_speculation(session: BundleSession, wanted: str, open_bundle: Callable[[Path], DraftSession]) -> Speculation:
+    """Open what `wanted` names, for the one stream of `session`. open_bundle: opens another bundle's folder.
 
     Raises: UsageError for another name, a bundle that cannot verify, or a draft bundle that does not fit;
         BundleError, BackendError if that cannot be opened.
@@ -37,10 +36,8 @@ def load_speculation(session: Session, wanted: str, threads: int | None = None) 
         if wanted == NGRAM:
             return Speculation(NgramDrafter(), session.num_drafts)
         if wanted.startswith(DRAFT) and len(wanted) > len(DRAFT):
-            from sinkrt.speculate.draft_model import DraftModel
-
             folder = Path(wanted.removeprefix(DRAFT))
-            return Speculation(DraftModel.load(session, folder, threads), session.num_drafts)
+            return Speculation(DraftModel.of(session, open_bundle(folder)), session.num_drafts)
     elif wanted == NGRAM or wanted.startswith(DRAFT):
         raise UsageError(
             problem(

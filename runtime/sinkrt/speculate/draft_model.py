@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import collections
 from collections.abc import Sequence
-from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
@@ -18,10 +16,8 @@ from sinkrt.contract import Manifest
 from sinkrt.contract.sampling import SamplingParams
 from sinkrt.errors import UsageError, problem
 from sinkrt.sampler import Sampler
+from sinkrt.speculate.sessions import BundleSession, DraftSession
 from sinkrt.speculate.vocabulary import VocabularyMap, map_vocabularies
-
-if TYPE_CHECKING:
-    from sinkrt.session import Session
 
 
 class DraftModel:
@@ -32,10 +28,12 @@ class DraftModel:
     What it takes back after a rejected guess is restored in its ring, so that it never forgets more than it should.
     """
 
-    def __init__(self, draft: Session, ids: VocabularyMap, most: int, cost: float = 0.0) -> None:
+    def __init__(self, draft: DraftSession, ids: VocabularyMap, most: int, cost: float = 0.0) -> None:
         if draft.batch != 1:
             raise UsageError(
-                problem("draft bundle", received=f"{draft.batch} streams", expected="batch 1", fix="export with --batch 1")
+                problem(
+                    "draft bundle", received=f"{draft.batch} streams", expected="batch 1", fix="export with --batch 1"
+                )
             )
         self._draft, self._ids, self._cost = draft, ids, cost
         self._rewinder = draft.rewinder(most)
@@ -46,14 +44,11 @@ class DraftModel:
         self._position = self._marked = 0  # of the stream, and of this session where the guess began
 
     @classmethod
-    def load(cls, session: Session, bundle: Path, threads: int | None) -> DraftModel:
-        """Open the bundle folder `bundle` for `session`.
+    def of(cls, session: BundleSession, draft: DraftSession) -> DraftModel:
+        """Make one for `session`; `draft` is its own from then on, and closed if it does not fit.
 
-        Raises: UsageError if its tokenizer is another; BundleError, BackendError.
+        Raises: UsageError if its tokenizer is another; BundleError if a tokenizer is unreadable.
         """
-        from sinkrt.session import Session  # which imports this package
-
-        draft = Session.load(bundle, threads=threads)
         try:
             cost = _step_bytes(draft.manifest) / _step_bytes(session.manifest)
             return cls(draft, map_vocabularies(session, draft), session.num_drafts, cost)

@@ -1,13 +1,13 @@
 """Answers with guessed tokens: pieces, positions and picks are those of an answer without, in the same order.
 
 A round: the model's pick for the next token is known. Tokens are guessed after it, one run gives the logits of all of
-them, and each is compared with the model's own pick there. What is right is fed (`Session.commit`) just before the piece
-of text that it completes is yielded: whoever stops listening, or saves, finds the stream where it would be without.
+them, and each is compared with the model's own pick there. What is right is fed (`Session.commit`) just before the
+piece of text that it completes is yielded: whoever stops listening finds the stream where it would be without.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from typing import Any, Protocol
 
 import numpy as np
@@ -110,7 +110,7 @@ class _Rounds:
         unseen, self._unseen = self._unseen, []
         return self._drafter.propose(unseen, count)
 
-    def _round(self, token: int, guess: list[int], position: int) -> Iterator[str]:
+    def _round(self, token: int, guess: list[int], position: int) -> Generator[str, None, int | None]:
         """Verify a guess and feed what is right. Returns: the pick that comes next, if it is known."""
         session, answer = self._session, self._answer
         logits, recent = session.verify([token, *guess])[0], self._recent.copy()

@@ -1,18 +1,16 @@
-"""Ids of a draft bundle and of the model: the same tokenizer, whose vocabularies may differ in size and in added tokens."""
+"""Ids of a draft bundle and of the model: one tokenizer, whose vocabularies may differ in size and in added tokens."""
 
 from __future__ import annotations
 
 import json
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
 from sinkrt.errors import UsageError, problem
+from sinkrt.speculate.sessions import BundleSession
 from sinkrt.text.tokenizer_files import read_tokenizer_files
-
-if TYPE_CHECKING:
-    from sinkrt.session import Session
 
 PARTS = ("normalizer", "pre_tokenizer")
 """Parts of a tokenizer file that decide, with the model, which tokens a text has."""
@@ -28,7 +26,7 @@ class VocabularyMap(NamedTuple):
     to_model: npt.NDArray[np.int64]
 
 
-def map_vocabularies(session: Session, draft: Session) -> VocabularyMap:
+def map_vocabularies(session: BundleSession, draft: BundleSession) -> VocabularyMap:
     """Find the ids of tokens that both have, by their texts.
 
     Raises: UsageError naming what differs if a text would have other tokens; BundleError if a file is unreadable.

@@ -124,5 +124,3 @@ def test_rows_of_layers_are_written_at_once_where_they_lie_at_equal_distances() 
     np.testing.assert_array_equal(apart["sink_k.2"][1, :, 1], tokens["sink_k.2"][1, :, 0])
     np.testing.assert_array_equal(apart["window_k.2"][1, :, :3], tokens["window_k.2"][1, :, 1:4])
     np.testing.assert_array_equal(apart["window_k.0"][0, :, [3, 4, 0]], tokens["window_k.0"][0, :, 1:4].swapaxes(0, 1))
-
-

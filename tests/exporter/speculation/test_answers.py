@@ -32,7 +32,7 @@ class Oracle:
         self._answer, self._random = answer, np.random.default_rng(seed)
         self._known = -1  # how many of the answer's tokens are known
 
-    def start(self, ids: np.ndarray, position: int, sampling: SamplingParams) -> None:  # noqa: ARG002
+    def start(self, ids: np.ndarray, position: int, sampling: SamplingParams) -> None:
         self._known = max(0, position - self._begin) if self._known >= 0 else 0
         if self._known == 0:
             self._begin = position
@@ -275,5 +275,3 @@ def test_bench_with_guesses(bundle: TinyBundle, tmp_path: Path) -> None:
     assert "times as fast on texts that repeat" in found.out
     assert '"tokens_per_step"' in (tmp_path / "figures.json").read_text()
     run_cli(*run, "--warmup", 2).refusal("--warmup", "--speculate")
-
-

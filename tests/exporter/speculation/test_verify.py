@@ -9,7 +9,6 @@ from typing import Any
 import numpy as np
 import pytest
 from sinkexport.config import ExportConfig
-
 from sinkrt import Session
 from sinkrt.backends.cpu_library import is_usable
 from sinkrt.contract.drafts import rows_by_state

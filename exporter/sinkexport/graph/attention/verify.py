@@ -129,9 +129,7 @@ class Int8VerifyAttention(VerifyAttention):
         if self.num_sinks:
             pairs = zip(plain, seen, strict=True)
             is_sink = self._is_sink()
-            seen = [
-                self.b.op("Where", [is_sink, raw, rounded], known_shape(raw), raw.dtype) for raw, rounded in pairs
-            ]
+            seen = [self.b.op("Where", [is_sink, raw, rounded], known_shape(raw), raw.dtype) for raw, rounded in pairs]
         sinks = self.as_keys_and_values(plain) if self.num_sinks else []
         return sinks, self.as_keys_and_values(stored), self.as_keys_and_values(seen)
 
