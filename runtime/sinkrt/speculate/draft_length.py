@@ -12,7 +12,7 @@ never looks at a clock, so that the same prompt is verified in the same pieces e
 DECAY = 0.9
 """Weight of what is known of acceptance when another token is accepted or rejected."""
 
-FIRST_ACCEPTANCE, MAX_ACCEPTANCE = 0.6, 0.97
+FIRST_ACCEPTANCE, MAX_ACCEPTANCE = 0.5, 0.97
 
 TRIAL_TOKENS = 2
 FIRST_PAUSE, MAX_PAUSE = 8, 64
