@@ -52,13 +52,13 @@ RECORDS = "[\n" + "".join(
 )
 
 TASKS: dict[str, tuple[str, bool]] = {
-    # A model of 135M parameters rewrites nothing when it is merely told to: the first words of its answer are given.
+    # A model of 135M parameters rewrites nothing when a message asks for it: the first words of its answer are given.
     "rewrite": (f"A letter to Anna:\n\n{LETTER}\n\nThe same letter to Maria:\n\nDear Maria,\n\nthank you", False),
     "log": (f"Copy the lines of this log that say ERROR, and nothing else.\n\n{LOG}", True),
     "records": (RECORDS.rstrip("\n"), False),
 }
 
 FREE: dict[str, tuple[str, bool]] = {
-    "story": ("Tell a story about a lighthouse keeper who finds a letter in a bottle.", True),
+    "story": ("Write a story about a lighthouse keeper who finds a letter in a bottle.", True),
     "tale": ("Once upon a time, in a village between two mountains, there lived a clockmaker who", False),
 }

@@ -16,7 +16,7 @@ FIRST_ACCEPTANCE, MAX_ACCEPTANCE = 0.5, 0.97
 
 TRIAL_TOKENS = 2
 FIRST_PAUSE, MAX_PAUSE = 8, 64
-"""Steps between trials while guesses do not pay: doubled with each one of which no token is right."""
+"""Steps between trials while guesses do not pay: doubled with each in vain."""
 
 
 class DraftLength:

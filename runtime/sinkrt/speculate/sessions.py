@@ -25,7 +25,7 @@ class BundleSession(Protocol):
 
 
 class Rewinding(Protocol):
-    """As `sinkrt.rewind.Rewinder`."""
+    """Part of a `sinkrt.rewind.Rewinder` that drafters need."""
 
     def mark(self) -> None: ...
 

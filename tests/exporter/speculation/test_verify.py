@@ -21,7 +21,7 @@ from tests.support import SharedExports, export_model, random_ids, refused, run_
 
 GEOMETRY: dict[str, Any] = {"num_sink_tokens": 3, "window_size": 9, "chunk_size": 5, "batch": 3, "speculate": 4}
 TOLERANCE = {"fp": 1e-4, "int8": 2e-2}
-"""Of the largest logit. In an INT8 window single entries are rounded the other way, as in chunks."""
+"""Share of the largest logit. In an INT8 window single entries are rounded the other way, as in chunks."""
 
 
 def visible(session: Session, stream: int) -> dict[str, np.ndarray]:
@@ -44,7 +44,7 @@ def visible(session: Session, stream: int) -> dict[str, np.ndarray]:
 
 
 def assert_drafts_are_plain_tokens(path: Path, *, kv: str = "fp", rounds: int = 60, seed: int = 0) -> None:
-    """Rounds of drafts, of which some tokens are committed, beside a session that is fed these tokens by steps."""
+    """Run rounds of drafts, some of whose tokens are committed, beside a session that is fed these tokens by steps."""
     drafted, plain = (Session.load(path, threads=1) for _ in range(2))
     random = np.random.default_rng(seed)
     most, batch = drafted.num_drafts + 1, drafted.batch
