@@ -10,8 +10,8 @@ LETTER = """Dear Anna,
 
 thank you for your letter of last week. The workshop will take place on the ninth of May in the old town hall, \
 and we expect about forty guests from six countries. Please send me the title of your talk before the end of \
-April, together with a short summary of no more than two hundred words. Every speaker has thirty minutes, ten \
-of which are meant for questions from the audience. The projector in the large room takes an ordinary cable, \
+April, together with a short summary of no more than two hundred words. Every speaker has thirty minutes, and \
+ten are meant for questions from the audience. The projector in the large room takes an ordinary cable, \
 but please bring your own adapter if your computer is new. Lunch is served at noon in the garden behind the \
 hall; in case of rain we shall move to the library on the first floor. The hotel where we have booked rooms is \
 five minutes away on foot, and breakfast is included in the price. If you come by train, take the exit towards \
