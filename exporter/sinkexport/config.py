@@ -27,7 +27,7 @@ WEIGHT_DTYPES: Mapping[str, Literal["float32", "float16"]] = {"fp32": "float32",
 MAX_INT8_WINDOW = 2**18
 """Tokens whose INT8 values can be summed in int32 with weights of 7 bits: 64 * 127 * 2^18 < 2^31."""
 
-MAX_SINK_TOKENS, MAX_WINDOW, MAX_BATCH, MAX_CHUNK = 2**16, 2**24, 2**12, 2**14
+MAX_SINK_TOKENS, MAX_WINDOW, MAX_BATCH, MAX_CHUNK, MAX_DRAFTS = 2**16, 2**24, 2**12, 2**14, 255
 """Far more than is of use; beyond them a mistyped number fills the memory before anything refuses it."""
 
 DEFAULT_NUM_SINK_TOKENS = 4
@@ -56,6 +56,7 @@ class ExportConfig:
     budgets: per-head windows (docs/head_windows.md), the longest of window_size tokens; None: all heads have it.
     sink_tuning: factors on the attention to token 0 (docs/sink_tuning.md); None: attention is the model's own.
     affine: scales and biases of the attention weights (docs/sink_tuning.md); None: they are those of the softmax.
+    speculate: K, drafted tokens that one run of the verify graph takes (docs/speculation.md); None: no such graph.
 
     Raises: UsageError.
     """
@@ -75,6 +76,7 @@ class ExportConfig:
     sink_tuning: SinkTuningFile | None = None
     budgets: BudgetFile | None = None
     affine: AffineFile | None = None
+    speculate: int | None = None
 
     def __post_init__(self) -> None:
         self._check_numbers()
@@ -100,6 +102,8 @@ class ExportConfig:
         if self.affine is not None:
             self._check_affine()
         self.variant.check_window_size(self.window_size)
+        if self.speculate is not None:
+            self._check_speculate(self.speculate)
         if self.num_tokens_per_chunk > self.window_size:
             raise UsageError(
                 problem(
@@ -116,9 +120,10 @@ class ExportConfig:
             ("window_size", "--window", 1, MAX_WINDOW),
             ("batch", "--batch", 1, MAX_BATCH),
             ("chunk_size", "--chunk", 1, MAX_CHUNK),
+            ("speculate", "--speculate", 1, MAX_DRAFTS),
         ):
             value = getattr(self, name)
-            if name == "chunk_size" and value is None:
+            if name in ("chunk_size", "speculate") and value is None:
                 continue
             if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
                 raise UsageError(
@@ -233,6 +238,30 @@ class ExportConfig:
                     fix="change --recipe",
                 )
             )
+
+    def _check_speculate(self, drafts: int) -> None:
+        if target_of(self).option == "tensorrt":
+            raise UsageError(
+                problem(
+                    "--speculate",
+                    received="target tensorrt",
+                    expected="target onnx or cpu: TensorRT has no graph that verifies drafts yet",
+                    fix="leave --speculate out",
+                )
+            )
+        for name, option, limit in (
+            ("window_size", "--window", self.window_size - 1),
+            ("chunk_size", "--chunk", self.num_tokens_per_chunk),
+        ):
+            if drafts > limit:
+                raise UsageError(
+                    problem(
+                        "--speculate",
+                        received=f"{drafts} drafted tokens and {name} {getattr(self, name) or limit}",
+                        expected=f"at most {limit}",
+                        fix=f"lower --speculate or raise {option}",
+                    )
+                )
 
     def _check_int8_window(self) -> None:
         if not target_of(self).has_int8_window:

@@ -110,6 +110,11 @@ class Answer:
         return self._num_tokens
 
     @property
+    def tokens_left(self) -> int | None:
+        """Tokens that may still be pushed; None: there is no limit."""
+        return None if self._max_tokens is None else self._max_tokens - self._num_tokens
+
+    @property
     def finish_reason(self) -> str | None:
         """``stop``: the model ended its text or wrote a stop sequence; ``length``: max_tokens; None: it goes on."""
         return self._finish_reason

@@ -5,6 +5,8 @@ Twin of `Session::generate` in runtime/cpp/src/session/session.cpp.
 
 from __future__ import annotations
 
+import dataclasses
+import secrets
 import warnings
 from collections.abc import Iterator, Sequence
 from typing import Any, Protocol
@@ -13,37 +15,25 @@ import numpy as np
 import numpy.typing as npt
 
 from sinkrt.answer import Answer, AnswerParams
-from sinkrt.contract import Manifest
 from sinkrt.errors import UsageError, problem
 from sinkrt.sampler import SamplingParams
+from sinkrt.speculate.choice import Speculation
+from sinkrt.speculate.generating import VerifyingSession, pieces
 from sinkrt.text import Tokenizer
 
 Prompt = str | Sequence[int] | npt.NDArray[np.integer] | None
 
 
-class TextSession(Protocol):
+class TextSession(VerifyingSession, Protocol):
     """Parts of a `Session` that generating needs."""
 
     @property
     def batch(self) -> int: ...
 
     @property
-    def manifest(self) -> Manifest: ...
-
-    @property
     def tokenizer(self) -> Tokenizer: ...
 
-    @property
-    def position(self) -> npt.NDArray[np.int64]: ...
-
-    @property
-    def logits(self) -> npt.NDArray[np.float32]: ...
-
-    def recent_ids(self, stream: int = 0) -> npt.NDArray[np.int64]: ...
-
     def prefill(self, ids: npt.ArrayLike) -> Any: ...
-
-    def step(self, ids: npt.ArrayLike) -> Any: ...
 
 
 def generate(
@@ -54,17 +44,23 @@ def generate(
     recent: npt.NDArray[np.int64],
     *,
     allow_special: bool,
+    speculation: Speculation | None = None,
 ) -> Iterator[str]:
     """Feed the prompt now, and the answer token by token as its pieces are asked for.
 
     recent: int64 [C], the session's own record of the last ids, for the repetition penalty; -1: none.
+    speculation: what guesses tokens; None: nothing.
     The other arguments, results and errors are those of `Session.generate`, which calls this.
     """
     # Fed here, not at the first next(): a generator's body runs late, and so would its errors.
     _feed_prompt(session, prompt, allow_special=allow_special)
     model = session.manifest.model
+    if speculation is not None and sampling.seed is None:
+        sampling = dataclasses.replace(sampling, seed=secrets.randbits(63))  # a draft model draws the same numbers
     answer = Answer(session.tokenizer, model.eos_token_ids, model.vocab_size, sampling, params)
     answer.follow(session.recent_ids().tolist(), goes_on=prompt is None)
+    if speculation is not None:
+        return pieces(session, answer, recent, speculation, sampling)
     return _pieces(session, answer, recent)
 
 

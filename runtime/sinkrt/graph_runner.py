@@ -7,16 +7,19 @@ Twin of `Session::run` and `Session::prefill` in runtime/cpp/src/session/session
 from __future__ import annotations
 
 import dataclasses
+import functools
 import sys
 from collections.abc import Mapping
 
 import numpy as np
 import numpy.typing as npt
 
-from sinkrt.backends.base import Backend, StateArray
+from sinkrt.backends.base import Backend, StateArray, Verifier
 from sinkrt.contract import NO_TOKEN, Manifest
 from sinkrt.contract.constants import CPU, SCALE_KINDS
+from sinkrt.contract.drafts import rows_by_state
 from sinkrt.errors import UsageError, problem
+from sinkrt.state_rows import StateRows
 from sinkrt.stream_table import StreamTable
 
 STEPS_OF_A_CHUNK = 8
@@ -76,6 +79,19 @@ class StreamCopy:
         return dataclasses.replace(self, states=states, shortened=windows)
 
 
+@dataclasses.dataclass(frozen=True)
+class _Drafts:
+    """Tokens whose rows wait in the verifier's buffers. position: int64 [B], of the first of each stream."""
+
+    verifier: Verifier
+    position: npt.NDArray[np.int64]
+
+    def left(self, stream: int, position: int) -> int:
+        """How many tokens of a stream that is at `position` are not committed yet."""
+        end = int(self.position[stream] + self.verifier.num_valid[stream])
+        return end - position if self.position[stream] <= position <= end else 0
+
+
 class GraphRunner:
     """A backend and the table of its streams. Arguments are checked by the caller, `Session`.
 
@@ -85,6 +101,8 @@ class GraphRunner:
     def __init__(self, backend: Backend, table: StreamTable, chunk_size: int, target: str) -> None:
         self.backend = backend
         self._table = table
+        self._drafts: _Drafts | None = None  # verified, and not committed to the end
+        self._state_rows: StateRows | None = None
         self._chunk_size = chunk_size
         self._smallest_chunk = smallest_chunk(chunk_size, target)
 
@@ -98,6 +116,7 @@ class GraphRunner:
         Raises: BackendError; no position has advanced then.
         """
         backend, table = self.backend, self._table
+        self._drafts = None
         idle = np.delete(table.streams, active) if active.size < table.streams.size else active[:0]
         kept_logits = backend.logits[idle]  # a copy
         backend.ids[active, 0] = ids
@@ -140,15 +159,104 @@ class GraphRunner:
     def _run_chunk(self, stream: int, ids: npt.NDArray[np.int64]) -> None:
         """Run the prefill graph once: 1 .. T tokens of one stream."""
         backend, table = self.backend, self._table
+        self._drafts = None
         table.start_chunk(stream, ids, backend.logits[stream])
         try:
             backend.run_chunk(stream, ids, int(table.position[stream]))
         finally:
             table.settle_chunk()
 
+    def verifier(self, manifest: Manifest) -> Verifier:
+        """The graph that verifies drafts, opened the first time.
+
+        Raises: UsageError if bundle or backend has none.
+        """
+        verifier = self.backend.load_verifier()
+        if verifier is None:
+            has_none = not manifest.num_drafts
+            raise UsageError(
+                problem(
+                    "speculate",
+                    received="a bundle without a graph that verifies drafts" if has_none else "a backend on a GPU",
+                    expected="a bundle exported with --speculate K" if has_none else "backend 'ort'",
+                    fix="export the model again with --speculate 8" if has_none else "leave it out",
+                )
+            )
+        if self._state_rows is None:
+            names = rows_by_state(manifest)
+            rows = {state.input: verifier.rows[names[state.input]] for state in manifest.states}
+            states = {name: np.asarray(state) for name, state in self.backend.states.items()}
+            self._state_rows = StateRows(manifest.states, states, rows)
+        return verifier
+
+    def verify(
+        self,
+        verifier: Verifier,
+        tokens: npt.NDArray[np.int64],
+        counts: npt.NDArray[np.int64],
+        active: npt.NDArray[np.int64],
+    ) -> npt.NDArray[np.float32]:
+        """Compute the logits after each of some tokens, and feed none. Arguments as of `prefill`, of at most T tokens.
+
+        Returns: float32 [B, T, vocab]; rows of other streams, and behind the tokens of a stream, mean nothing.
+
+        Raises: BackendError; nothing has changed then.
+        """
+        self._drafts = None
+        verifier.ids.fill(0)  # any token: what does not count is computed and dropped
+        verifier.ids[active, : tokens.shape[1]] = np.maximum(tokens, 0)
+        verifier.num_valid.fill(0)
+        verifier.num_valid[active] = counts
+        verifier.position[...] = self._table.position
+        verifier.run()
+        self._drafts = _Drafts(verifier, self._table.position.copy())
+        return np.asarray(verifier.logits)
+
+    def commit(self, counts: npt.NDArray[np.int64], active: npt.NDArray[np.int64]) -> None:
+        """Feed the next counts[i] tokens that `verify` was given for stream active[i], each as a step would.
+
+        Whatever interrupts it is made up for before the next call: rows and ids are still there.
+
+        Raises: UsageError, before anything changes, if so many were not verified, or a stream has gone on since.
+        """
+        drafts, table = self._drafts, self._table
+        for stream, count in zip(active.tolist(), counts.tolist(), strict=True):
+            left = 0 if drafts is None else drafts.left(stream, int(table.position[stream]))
+            if not 0 <= count <= left:
+                raise UsageError(
+                    problem(
+                        f"tokens of stream {stream}",
+                        received=count,
+                        expected=f"0 .. {left}, as many as were verified and are left",
+                        fix="call verify first",
+                    )
+                )
+        if drafts is None:
+            return
+        for stream, count in zip(active.tolist(), counts.tolist(), strict=True):
+            if count:
+                table.unfinished = functools.partial(
+                    self._commit_stream, drafts, stream, int(table.position[stream]), count
+                )
+                table.unfinished()
+
+    def num_verified(self) -> npt.NDArray[np.int64]:
+        """Tokens of each stream that `commit` could feed, int64 [B]."""
+        drafts, position = self._drafts, self._table.position
+        left = [0 if drafts is None else drafts.left(i, int(t)) for i, t in enumerate(position)]
+        return np.array(left, dtype=np.int64)
+
+    def _commit_stream(self, drafts: _Drafts, stream: int, position: int, count: int) -> None:
+        first, table = position - int(drafts.position[stream]), self._table
+        if self._state_rows is not None:
+            self._state_rows.write(stream, position, first, count)
+        self.backend.logits[stream] = drafts.verifier.logits[stream, first + count - 1]
+        table.took_many(stream, position, drafts.verifier.ids[stream, first : first + count])
+        table.unfinished = None
+
     def reset(self, chosen: npt.NDArray[np.int64]) -> None:
         """Let some streams start again at position 0. chosen: int64 [n]."""
-        table = self._table
+        table, self._drafts = self._table, None
         # The position first: at 0 every slot is masked, so an interrupt cannot leave a stream that is half there.
         table.hold(chosen)
         table.position[chosen] = 0
@@ -181,7 +289,7 @@ class GraphRunner:
                     fix="use copy_stream of the same bundle",
                 )
             )
-        row = table.streams[[stream]]
+        row, self._drafts = table.streams[[stream]], None
         table.hold(row)
         table.position[stream] = 0  # as in `reset`; the copy's position comes last
         for name, state in backend.states.items():
@@ -198,7 +306,7 @@ class GraphRunner:
 
     def restore(self, tensors: Mapping[str, np.ndarray]) -> None:
         """Write the tensors of a state file, by the names of `kept`, into all streams."""
-        kept, table = self.kept(), self._table
+        kept, table, self._drafts = self.kept(), self._table, None
         table.hold(table.streams)
         table.position.fill(0)  # as in `reset`; the file's position comes last
         for name in [*(name for name in kept if name != "position"), "position"]:

@@ -31,7 +31,9 @@ from sinkrt.errors import UsageError, problem
 from sinkrt.generate import check_batch, generate
 from sinkrt.grammar import GrammarCompiler, grammar_of
 from sinkrt.graph_runner import GraphRunner, StreamCopy, smallest_chunk
+from sinkrt.rewind import Rewinder
 from sinkrt.sampler import SamplingParams
+from sinkrt.speculate import Speculation, load_speculation
 from sinkrt.state import read_state, save_state
 from sinkrt.stream_table import StreamTable
 from sinkrt.text import Tokenizer
@@ -67,6 +69,8 @@ class Session:
         self._runner: GraphRunner | None = GraphRunner(loaded, self._table, manifest.stream.chunk_size, manifest.target)
         self._tokenizer: Tokenizer | None = None
         self._grammars: GrammarCompiler | None = None
+        self._threads = threads
+        self._speculations: dict[str, Speculation] = {}
 
     @classmethod
     def load(
@@ -227,16 +231,95 @@ class Session:
         with `position` at the first token that failed.
         """
         active = self._table.chosen(streams)
-        array = integers(ids)
-        if array.ndim == 1 and len(active) == 1:
-            array = array[None, :]
-        if array.size == 0:
-            raise UsageError(problem("prompt", received="no tokens", expected="at least one", fix="give some text"))
-        width = array.shape[-1] if array.ndim else 1
-        tokens = token_ids(array, (len(active), width), self._manifest.model.vocab_size)
-        counts = valid_counts(num_valid, len(active), width)
+        tokens, counts = self._rows_of_tokens(ids, num_valid, active)
         self._table.check_room(active, counts)
         self._loaded().prefill(tokens, counts, active)
+        return self.logits
+
+    # --- drafts ---
+
+    @property
+    def bundle(self) -> Path:
+        """The bundle's folder."""
+        return self._bundle
+
+    @property
+    def num_verified(self) -> npt.NDArray[np.int64]:
+        """Tokens that `verify` was given and `commit` could still feed, of each stream: int64 [B]."""
+        return self._loaded().num_verified()
+
+    def speculation(self, speculate: str) -> Speculation:
+        """What guesses tokens for `generate` with this `speculate`, and its `tally` since the session was loaded.
+
+        Raises: as `generate`.
+        """
+        check_batch(self.batch)
+        if speculate not in self._speculations:
+            found = load_speculation(self, speculate, self._open_beside)
+            self._loaded().verifier(self._manifest)
+            self._speculations[speculate] = found
+        return self._speculations[speculate]
+
+    def _open_beside(self, bundle: Path) -> Session:
+        """Open another bundle, on as many threads."""
+        return Session.load(bundle, threads=self._threads)
+
+    def rewinder(self, count: int) -> Rewinder:
+        """Make what can take back the last tokens of a session of one stream, up to `count` of them.
+
+        Raises: UsageError for recurrent states, or a window of fewer tokens.
+        """
+        return Rewinder(self._loaded(), self._table, self._manifest, count)
+
+    @property
+    def num_drafts(self) -> int:
+        """K, drafted tokens that `verify` takes beside the one before them; 0: the bundle was exported without."""
+        return self._manifest.num_drafts
+
+    def verify(
+        self,
+        ids: npt.ArrayLike,
+        num_valid: npt.ArrayLike | None = None,
+        streams: Sequence[int] | None = None,
+    ) -> npt.NDArray[np.float32]:
+        """Compute the logits after each of up to K + 1 tokens, and feed none: `commit` feeds those that are right.
+
+        Arguments as of `prefill`. Returns: float32 [B, K + 1, vocab], which the next call overwrites; entries of other
+        streams and behind a stream's tokens mean nothing.
+
+        Raises: as `prefill`; UsageError if the bundle has no graph for it, or for more than K + 1 tokens.
+        """
+        active = self._table.chosen(streams)
+        runner = self._loaded()
+        verifier = runner.verifier(self._manifest)
+        tokens, counts = self._rows_of_tokens(ids, num_valid, active)
+        if tokens.shape[1] > self.num_drafts + 1:
+            raise UsageError(
+                problem(
+                    "tokens to verify",
+                    received=tokens.shape[1],
+                    expected=f"at most {self.num_drafts + 1}: one, and {self.num_drafts} drafted",
+                    fix="verify fewer, or export with a larger --speculate",
+                )
+            )
+        self._table.check_room(active, counts)
+        return runner.verify(verifier, tokens, counts, active)
+
+    def commit(self, counts: npt.ArrayLike, streams: Sequence[int] | None = None) -> npt.NDArray[np.float32]:
+        """Feed the next counts[i] tokens of what `verify` was given, exactly as if they came by `step`.
+
+        counts: int [B], or one for each of `streams`, 0 .. as many as are left. It may be called several times. The
+        others are forgotten when a stream is fed in another way. Returns: logits float32 [B, vocab].
+
+        Raises: UsageError for more tokens than were verified and are left.
+        """
+        active = self._table.chosen(streams)
+        array = np.asarray(integers(counts), dtype=np.int64).reshape(-1)
+        if array.size != active.size:
+            raise UsageError(
+                problem("counts", received=array.size, expected=f"{active.size}, one a stream", fix="give one for each")
+            )
+        self._loaded().commit(array, active)
         return self.logits
 
     # --- streams as a whole ---
@@ -299,6 +382,7 @@ class Session:
         json_schema: Mapping[str, Any] | bool | str | None = None,
         regex: str | None = None,
         grammar: str | None = None,
+        speculate: str | None = None,
     ) -> Iterator[str]:
         """Feed `prompt`, a text or ids, and yield the answer's text piece by piece, whole characters only.
 
@@ -309,6 +393,8 @@ class Session:
         otherwise they are text like any other, and a warning says so.
         json_schema: object, or JSON text, that the answer is made to match; `regex` and `grammar` (Lark or GBNF) are
         other ways to say what it must match. They need llguidance. An answer that max_tokens ends is a part only.
+        speculate: what guesses tokens, which are verified several at a time (docs/speculation.md): ``ngram``, what
+        followed in the text before; ``draft:DIR``, a smaller model's bundle; None: nothing.
         The other options are those of `SamplingParams`. The prompt is fed at once, each token of the answer before
         the piece that it completes is yielded. The stream goes on: a later call continues it. The token that ends
         a text is not fed.
@@ -322,8 +408,9 @@ class Session:
         stops = (stop,) if isinstance(stop, str) else tuple(stop)
         params = AnswerParams(max_tokens, stops, ignore_eos, grammar=compiled)
         sampling = SamplingParams(temperature, top_k, top_p, repetition_penalty, seed)
+        speculation = None if speculate is None else self.speculation(speculate)
         recent = self._table.recent_ids[0]
-        return generate(self, prompt, sampling, params, recent, allow_special=allow_special)
+        return generate(self, prompt, sampling, params, recent, allow_special=allow_special, speculation=speculation)
 
     def require_pinned(self, system: str, *, template_args: Mapping[str, Any] | None = None) -> None:
         """Make sure that the sinks cover this system message, so that a conversation never forgets it.
@@ -344,6 +431,19 @@ class Session:
                 )
             )
 
+    def _rows_of_tokens(
+        self, ids: npt.ArrayLike, num_valid: npt.ArrayLike | None, active: npt.NDArray[np.int64]
+    ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+        """Tokens int64 [n, N] and how many of each row count, [n]."""
+        array = integers(ids)
+        if array.ndim == 1 and len(active) == 1:
+            array = array[None, :]
+        if array.size == 0:
+            raise UsageError(problem("prompt", received="no tokens", expected="at least one", fix="give some text"))
+        width = array.shape[-1] if array.ndim else 1
+        tokens = token_ids(array, (len(active), width), self._manifest.model.vocab_size)
+        return tokens, valid_counts(num_valid, len(active), width)
+
     # --- end ---
 
     def close(self) -> None:
@@ -351,6 +451,8 @@ class Session:
         self._runner = None
         if self._grammars is not None:
             self._grammars.close()
+        for speculation in self._speculations.values():
+            speculation.drafter.close()
         if self._tokenizer is not None:
             self._tokenizer.close()
 

@@ -6,7 +6,7 @@ Twin of the members position_, recent_ids_ and damaged_ of `Session` in runtime/
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -36,6 +36,8 @@ class StreamTable:
         self._position_limit = stream.position_limit
         self._damaged: set[int] = set()
         self._chunk: _Chunk | None = None  # now running
+        self.unfinished: Callable[[], None] | None = None
+        """Rest of a call that must be done before any other: it can be repeated, and then takes itself away."""
 
     def chosen(self, streams: Sequence[int] | None, *, damaged: bool = False) -> npt.NDArray[np.int64]:
         """Streams that a caller means, int64 [n], all if None. Damaged ones are refused unless `damaged` allows them.
@@ -112,6 +114,11 @@ class StreamTable:
         self.position[active] += 1
         self.release(active)
 
+    def took_many(self, stream: int, position: int, ids: npt.NDArray[np.int64]) -> None:
+        """Count tokens of a stream from `position` on; the same once more changes nothing. ids: int64 [n]."""
+        self.recent_ids[stream, np.arange(position, position + ids.size) % self.recent_ids.shape[1]] = ids
+        self.position[stream] = position + ids.size
+
     def start_chunk(self, stream: int, ids: npt.NDArray[np.int64], logits: npt.NDArray[np.float32]) -> None:
         """Note a chunk that is about to run.
 
@@ -126,15 +133,15 @@ class StreamTable:
         Unlike a step, a chunk overwrites tokens that it would read again. So one that was cut short cannot be
         repeated, and an interrupt between the run and its bookkeeping must not lose that it has run.
         """
+        if self.unfinished is not None:
+            self.unfinished()
         if self._chunk is None:
             return
         stream, position, ids, logits = self._chunk
         if np.isnan(logits[0]):
             self._damaged.add(stream)
         else:
-            slots = np.arange(position, position + ids.size) % self.recent_ids.shape[1]
-            self.recent_ids[stream, slots] = ids
-            self.position[stream] = position + ids.size
+            self.took_many(stream, position, ids)
         self._chunk = None
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from statistics import median
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -16,6 +17,8 @@ from sinkexport.commands.options import (
     json_option,
     number_option,
     random_ids_option,
+    refuse_given,
+    speculate_option,
     threads_option,
 )
 from sinkexport.util.console import geometry, table_console
@@ -50,16 +53,23 @@ Figures = Mapping[str, Any]
     help="Measure with so many tokens in the stream; repeatable.",
 )
 @number_option("--prompt-tokens", BenchConfig.prompt_tokens, "Length of the prompt whose prefill is timed.")
+@speculate_option(
+    "Measure guessed tokens instead: answers of --steps tokens to texts that repeat themselves and to others, beside "
+    "plain steps. As of 'sinkexport run'."
+)
 @threads_option
 @backend_option
 @random_ids_option
 @json_option("Write every figure as JSON too.")
+@click.pass_context
 def command(
+    ctx: click.Context,
     bundle: Path,
     steps: int,
     warmup: int,
     positions: tuple[int, ...],
     prompt_tokens: int,
+    speculate: str | None,
     threads: int | None,
     backend: str,
     seed: int,
@@ -83,11 +93,47 @@ def command(
     )
     if json_file is not None:
         check_writable(json_file, "--json")
+    if speculate is not None:
+        _measure_speculation(ctx, bundle, speculate, config, json_file)
+        return
     with shown_progress(STAGES) as show:
         report = run_bench(bundle, config, show)
     if json_file is not None:
         write_whole(json_file, report.to_json(), "--json")
     _print_report(report)
+
+
+def _measure_speculation(
+    ctx: click.Context, bundle: Path, speculate: str, config: BenchConfig, json_file: Path | None
+) -> None:
+    from sinkexport.bench.speculation import run_speculation
+
+    others = {"received": "with --speculate", "expected": "--steps and --threads alone", "fix": "leave it out"}
+    refuse_given(ctx, ("warmup", "prompt_tokens", "seed"), **others)
+    with shown_progress(STAGES) as show:
+        report = run_speculation(
+            bundle, speculate, tokens=config.steps, threads=config.threads, backend=config.backend, report=show
+        )
+    if json_file is not None:
+        write_whole(json_file, report.to_json(), "--json")
+    table = Table("greedy answer", box=None, pad_edge=False)
+    for header in ("tokens a step", "accepted", "ms/token", "plain", "times as fast", "same as plain"):
+        table.add_column(header, justify="right")
+    for text in report.texts:
+        table.add_row(
+            text.name,
+            f"{text.tally.tokens_per_step:.2f}",
+            f"{text.tally.acceptance:.0%}",
+            f"{median(text.speculated_ms):.2f}",
+            f"{median(text.plain_ms):.2f}",
+            f"{text.speedup:.2f}",
+            "yes" if text.parted_at is None else f"to token {text.parted_at}",
+        )
+    console = table_console()
+    console.print(table)
+    tasks, free = (report.mean_speedup(of_tasks=each) for each in (True, False))
+    verdict = "it pays" if min(tasks, free) >= 1 else "it pays where text repeats" if tasks > 1 else "it does not pay"
+    console.print(f"{tasks:.2f} times as fast on texts that repeat, {free:.2f} on others: {verdict}")
 
 
 def _print_report(report: BenchReport) -> None:

@@ -37,6 +37,7 @@ STAGES = {
     "decode": "Building the decode graph",
     "write": "Writing weights",
     "prefill": "Building the prefill graph",
+    "drafts": "Building the graph for drafts",
     "weights": "Comparing weights with the file",
     "hash": "Hashing files",
     "check": "Comparing the graphs with the model",
@@ -119,6 +120,12 @@ STAGES = {
 @click.option(
     "--native", is_flag=True, help="With --target tensorrt: standard operators, for TensorRT >= 10.15 without plugin."
 )
+@click.option(
+    "--speculate",
+    type=int,
+    metavar="K",
+    help="Add a graph that verifies K drafted tokens at once, for 'run --speculate' (docs/speculation.md).",
+)
 @click.option("--no-check", is_flag=True, help="Do not compare the finished graphs and the weights with the model.")
 @click.option("--overwrite", is_flag=True, help="Replace a bundle that is there already.")
 def command(
@@ -139,6 +146,7 @@ def command(
     affine_file: Path | None,
     target: str,
     native: bool,
+    speculate: int | None,
     no_check: bool,
     overwrite: bool,
 ) -> None:
@@ -160,6 +168,7 @@ def command(
         sink_tuning=_sink_tuning(sink_tuning_file),
         budgets=_head_windows(head_windows_file),
         affine=_affine(affine_file),
+        speculate=speculate,
     )
     with no_garbage_collection(is_lasting=True):
         from sinkexport.pipeline.check_export import UncheckedWarning

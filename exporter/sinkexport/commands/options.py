@@ -65,6 +65,11 @@ def threads_option(function: Function) -> Function:
     )(function)
 
 
+def speculate_option(about: str) -> Callable[[Function], Function]:
+    """Add ``--speculate``, what guesses tokens."""
+    return click.option("--speculate", metavar="ngram|draft:DIR", help=about)
+
+
 def json_option(about: str = "Write the report as JSON too.", **attributes: Any) -> Callable[[Function], Function]:
     """Add ``--json FILE`` as the argument `json_file`."""
     return file_option("--json", "json_file", help=about, **attributes)

@@ -23,6 +23,7 @@ from sinkexport.commands.options import (
     backend_option,
     bundle_argument,
     file_option,
+    speculate_option,
     template_arg_option,
     threads_option,
 )
@@ -74,6 +75,10 @@ from sinkexport.util.signals import exiting_on_signals
 @click.option("--regex", metavar="R", help="Make answers match this regular expression as a whole.")
 @file_option("--grammar", help="Make answers match the grammar in this file (llguidance's Lark, or GBNF).")
 @click.option("--ignore-eos", is_flag=True, help="Go on when the model ends its text: forever without --max-tokens.")
+@speculate_option(
+    "Guess tokens and verify several at a time: the same text, sooner where guesses are right. ngram: what followed in "
+    "the text before. draft:DIR: a smaller model's bundle. Needs a bundle exported with --speculate K."
+)
 @backend_option
 @threads_option
 @file_option("--load-state", help="Go on from a saved stream.")
@@ -105,6 +110,7 @@ def command(
     regex: str | None,
     grammar: Path | None,
     ignore_eos: bool,
+    speculate: str | None,
     backend: str,
     threads: int | None,
     load_state: Path | None,
@@ -147,8 +153,11 @@ def command(
             stop=stop,
             ignore_eos=ignore_eos,
             **form.options,
+            speculate=speculate,
         )
-        answers = _Answers(session, generate, save_state, save_every)
+        if speculate is not None:
+            session.speculation(speculate)  # opened before anything is read
+        answers = _Answers(session, generate, save_state, save_every, speculate)
         with answers.saving(stats=stats):
             if resume:
                 answers.write(None)
@@ -164,7 +173,7 @@ class _Answers:
     """Writes answers to stdout, and saves the stream.
 
     generate: as `Session.generate`, from ids. save_state: where to save; None: nowhere. save_every: tokens between
-    saves during an answer; None: only at the end.
+    saves during an answer; None: only at the end. speculate: as `Session.generate`, for the report.
     """
 
     def __init__(
@@ -173,7 +182,9 @@ class _Answers:
         generate: Callable[[list[int] | None], Iterator[str]],
         save_state: Path | None,
         save_every: int | None,
+        speculate: str | None = None,
     ) -> None:
+        self._speculate = speculate
         self._session, self._generate = session, generate
         self._save_state, self._save_every = save_state, save_every
         self._meter = RunMeter(session)
@@ -192,6 +203,8 @@ class _Answers:
                 self._save()
                 if stats:
                     click.echo(self._meter.report(), err=True)
+                    if self._speculate is not None:
+                        click.echo(self._session.speculation(self._speculate).tally.report(), err=True)
 
     @property
     def _position(self) -> int:

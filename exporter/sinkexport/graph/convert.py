@@ -12,9 +12,10 @@ import onnx_ir as ir
 import torch
 from onnx_ir.passes import common
 from sinkrt.contract import GraphSpec, StateSpec, TensorSpec
+from sinkrt.contract.constants import ROWS_SUFFIX, VERIFY
 from sinkrt.errors import UsageError, problem
 
-from sinkexport.graph.edit import known_shape
+from sinkexport.graph.edit import known_shape, typed
 from sinkexport.graph.graph_pass import PassContext, run_passes
 from sinkexport.graph.quantize.plan import Plan
 from sinkexport.graph.quick_decompositions import without_second_trace
@@ -56,20 +57,21 @@ def build_graph(
 ) -> BuiltGraph:
     """Run the passes of `target` on a traced run that is converted, and name its tensors.
 
-    role: ``decode`` or ``prefill``, the graph's name. state_names: layer, kind and name of each state, in the order of
-    the trace's inputs: ids, position, the states, and num_valid if there is one.
+    role: ``decode``, ``prefill`` or ``verify``, the graph's name. state_names: layer, kind and name of each state, in
+    the order of the trace's inputs: ids, position, the states, and num_valid if there is one.
     plan: what to quantise; None: nothing. num_sinks: first tokens of a stream that quantisation may treat apart.
 
     Raises: UsageError naming a weight that cannot be quantised, or a state that may be read after it is written;
         ValueError if the passes leave a graph that is not of the target's form.
     """
-    run_passes(model, target.passes, PassContext(target, plan, num_sinks))
-    inputs, states = _name_tensors(model.graph, state_names)
+    verifies = role == VERIFY
+    run_passes(model, target.passes, PassContext(target, plan, num_sinks, verifies))
+    inputs, states = (_name_rows if verifies else _name_tensors)(model.graph, state_names)
     finish(model, role, target)
     _check_form(model, target)
-    if not target.has_plugins:
+    if not target.has_plugins and not verifies:
         check_state_order(model.graph, {state.input: state.output for state in states})
-    outputs = tuple(tensor_spec(value) for value in model.graph.outputs[:1])
+    outputs = tuple(tensor_spec(value) for value in model.graph.outputs[: None if verifies else 1])
     return BuiltGraph(model, inputs, outputs, states)
 
 
@@ -143,6 +145,35 @@ def _name_tensors(
             StateSpec(layer=layer, kind=kind, input=spec.name, output=after.name, shape=spec.shape, dtype=spec.dtype)
         )
     return tuple(tensor_spec(value) for value in (ids, position, *num_valid)), tuple(specs)
+
+
+def _name_rows(
+    graph: ir.Graph, state_names: Sequence[tuple[int, str, str]]
+) -> tuple[tuple[TensorSpec, ...], tuple[StateSpec, ...]]:
+    """Do what `_name_tensors` does in a graph that verifies. It has the new rows of a state for the state itself.
+
+    Sinks and a window of one type have the same rows, which come out once, named after the window.
+    """
+    ids, position, *rest = graph.inputs
+    states, (num_valid,) = rest[: len(state_names)], rest[len(state_names) :]
+    for value, name in ((ids, "ids"), (position, "position"), (num_valid, "num_valid"), (graph.outputs[0], "logits")):
+        value.name = name
+    rows, named = list(graph.outputs[1:]), set[ir.Value]()
+    outputs = [graph.outputs[0]]
+    for index in sorted(range(len(rows)), key=lambda i: state_names[i][1].startswith("sink")):
+        (_, kind, name), before, row = state_names[index], states[index], rows[index]
+        before.name = name
+        if row in named:
+            if kind.startswith("sink"):
+                continue
+            node = ir.node("Identity", [row])
+            graph.append(node)
+            row = typed(node.outputs[0], known_shape(row), row.dtype)
+        row.name = f"{name}{ROWS_SUFFIX}"
+        named.add(row)
+        outputs.append(row)
+    graph.outputs[:] = outputs
+    return tuple(tensor_spec(value) for value in (ids, position, num_valid)), ()
 
 
 def tensor_spec(value: ir.Value) -> TensorSpec:

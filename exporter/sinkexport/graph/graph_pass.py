@@ -21,11 +21,13 @@ class PassContext:
 
     target: whose operators the graph is for. plan: what to quantise; None: nothing.
     num_sinks: first tokens of a stream whose inputs quantisation may treat apart.
+    verifies: whether the graph verifies drafts: its attention writes no state and hands out the new rows.
     """
 
     target: Target = ONNX
     plan: Plan | None = None
     num_sinks: int = 0
+    verifies: bool = False
 
 
 class GraphPass(ir.passes.InPlacePass):

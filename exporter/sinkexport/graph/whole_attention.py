@@ -17,6 +17,9 @@ from sinkexport.graph.operators import DOMAIN, SINK_ATTENTION, STREAM_ANGLES, In
 from sinkexport.graph.output_gate import absorb, find_output_gate
 from sinkexport.graph.turned_weights import TurnedWeight
 
+HANDS_OUT = 2
+"""Value of the field ``reads_only`` of a node that hands out the rows which it would write."""
+
 
 @dataclasses.dataclass(frozen=True)
 class Rotation:
@@ -85,10 +88,12 @@ class Shared:
     """How a node reads states that another one writes.
 
     states: as it reads them. takes_keys: whether they lack its tokens, whose keys and values it then takes.
+    hands_out: whether the rows of these tokens are outputs in place of the states.
     """
 
     states: States
     takes_keys: bool
+    hands_out: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -103,6 +108,17 @@ class States:
     def all(self) -> list[ir.Value]:
         """In the order of inputs and outputs."""
         return [*self.window, *self.scales, *self.sinks]
+
+    def new_rows(self, num_tokens: int) -> States:
+        """Values like the rows of so many tokens, without names. Sinks and a window of one type have the same rows."""
+
+        def rows(state: ir.Value) -> ir.Value:
+            batch, heads, _, *size = known_shape(state)
+            return typed(ir.Value(), (batch, heads, num_tokens, *size), state.dtype)
+
+        return States(
+            [rows(x) for x in self.window], [rows(x) for x in self.scales], [rows(x) for x in self.sinks if self.scales]
+        )
 
     def after(self, node: ir.Node) -> States:
         """What a node of a library makes of them."""
@@ -173,7 +189,10 @@ def make_whole(
         **{name: int(value is not None) for name, value in optional_ones.items()},
         **fields,
     }
-    return _replace(node, b, inputs, attributes, states, (dtype, result or dtype), writes=shared is None)
+    if shared is not None and shared.hands_out:
+        return _replace(node, b, inputs, attributes, states.new_rows(known_shape(q)[2]), (dtype, result or dtype))
+    written = states if shared is None else States([], [], [])
+    return _replace(node, b, inputs, attributes, written, (dtype, result or dtype))
 
 
 def _replace(
@@ -181,13 +200,10 @@ def _replace(
     b: Builder,
     inputs: list[ir.Value],
     attributes: dict[str, float | int | str],
-    states: States,
+    written: States,
     dtypes: tuple[ir.DataType, ir.DataType],
-    *,
-    writes: bool,
 ) -> ir.Node:
-    """dtypes: of the new node's result, and of the old one's."""
-    written = states if writes else States([], [], [])
+    """written: what values the outputs after the result are like. dtypes: of the result, and of the old node's."""
     whole = ir.node(SINK_ATTENTION, inputs, attributes, domain=DOMAIN, num_outputs=1 + len(written.all))
     b.nodes.append(whole)
     shape = (*known_shape(inputs[0])[:3], known_shape(operand(node, Input.V))[3])
@@ -197,10 +213,16 @@ def _replace(
         typed(new, known_shape(old), old.dtype)
     none: list[ir.Value | None] = [None, None]
     now = written.after(whole)
-    outputs = [b.cast(out, dtypes[1]), *(now.sinks or none), *(now.window or none), *(now.scales or none)]
+    sinks = now.window if hands_out_rows(whole) and optional(node, Input.SINK_K) is not None else none
+    outputs = [b.cast(out, dtypes[1]), *(now.sinks or sinks or none), *(now.window or none), *(now.scales or none)]
     outputs.append(None)  # attention_mass: who calls has made sure that there is none
     replace_node(node, b.nodes, outputs)
     return whole
+
+
+def hands_out_rows(node: ir.Node) -> bool:
+    """Whether a node of a library has the rows of its tokens among its outputs, in place of states."""
+    return "reads_only" in node.attributes and node.attributes["reads_only"].as_int() == HANDS_OUT
 
 
 def _float32(b: Builder, value: ir.Value | None) -> ir.Value | None:

@@ -46,7 +46,7 @@ class StreamStep(torch.nn.Module):
     ids: int64 [B, T]. position: int64 [B], of the first token. states: in the order of ``states``.
     num_valid: int64 [B], how many of the T tokens count; left out if T = 1. Then, in a model with recurrent states, an
     id below 0 is no token: its stream stands still.
-    logits: float32 [B, vocab], after the last token that counts.
+    logits: float32 [B, vocab], after the last token that counts; with all_logits [B, T, vocab], after each.
     """
 
     def __init__(
@@ -58,6 +58,7 @@ class StreamStep(torch.nn.Module):
         *,
         batch: int,
         num_tokens: int,
+        all_logits: bool = False,
     ) -> None:
         super().__init__()
         self.model = model
@@ -66,6 +67,7 @@ class StreamStep(torch.nn.Module):
         self.rotary = rotary
         self.batch = batch
         self.num_tokens = num_tokens
+        self.all_logits = all_logits
         variant = config.variant
         self.caches = head_caches(config, variant, shape)
         owners = [cache_owner(config, shape, call) for call in range(len(shape.calls))]
@@ -178,7 +180,7 @@ class StreamStep(torch.nn.Module):
             static_experts(self.model, in_place=_experts_in_place(self.config)),
             unrolled_experts(self.model, in_place=_experts_in_place(self.config)),
             contextlib.nullcontext() if step.recurrent is None else step.recurrent.in_place(),
-            _only_last_token(self.model, num_valid),
+            contextlib.nullcontext() if self.all_logits else _only_last_token(self.model, num_valid),
         ):
             output = self.model(
                 input_ids=ids,
@@ -186,6 +188,8 @@ class StreamStep(torch.nn.Module):
                 use_cache=False,
                 **with_cache(self.model, step.cache),
             )
+        if self.all_logits:
+            return output.logits.to(torch.float32), step.next_states
         logits = output.logits if output.logits.shape[1] == 1 else _last_token(output.logits, num_valid)
         return logits[:, 0].to(torch.float32), step.next_states
 

@@ -106,6 +106,7 @@ def compare_graphs(session: Callable[[], Session], bundle: Path, manifest: Manif
         check = _Check(session, model, manifest, AttentionVariant.of_bundle(bundle, manifest))
         check.start_of_streams()
         check.full_cache()
+        check.drafts()
 
 
 @contextlib.contextmanager
@@ -197,6 +198,25 @@ class _Check:
         if may_be_mid_stream:
             with self._streaming(ids, follow_calls=True) as streamed:
                 self._compare_full(ids, streamed)
+
+    def drafts(self) -> None:
+        """Drafted tokens have the logits that steps give: where the stream stands, and as its first tokens."""
+        num_tokens = self._manifest.num_drafts + 1
+        if num_tokens == 1:
+            return
+        session, ids = self._session, self._ids(num_tokens)
+        for _ in range(2):
+            copies, position = [session.copy_stream(i) for i in range(session.batch)], int(session.position[0])
+            stepped = np.stack([session.step(column).copy() for column in ids.T], axis=1)
+            for i, copy in enumerate(copies):
+                session.place_stream(i, copy)
+            verified = session.verify(ids)
+            if self._judge.is_loose:
+                self._judge.correlation(verified, stepped, "as a draft")
+            else:
+                tolerance = min(MID_STREAM_TOLERANCE_PER_TOKEN * position, MAX_MID_STREAM_TOLERANCE)
+                self._judge.errors(verified, stepped, position, "as a draft", tolerance)
+            session.reset()
 
     def _compare_full(self, ids: Ids, streamed: Streamed) -> None:
         """Compare the logits of what is streamed of ids [B, N] after the cache has filled, if anything is."""

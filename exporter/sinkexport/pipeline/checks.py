@@ -182,6 +182,30 @@ def check_rings(config: ExportConfig, rings: Sequence[Ring]) -> None:
         )
 
 
+def check_drafts(config: ExportConfig, shape: AttentionShape, rings: Sequence[Ring]) -> None:
+    """A draft must fit the smallest window, and whatever it changes must be rows that can be written later.
+
+    Raises: UsageError.
+    """
+    if config.speculate is None:
+        return
+    num_tokens, smallest = config.speculate + 1, min((ring.window_size for ring in rings), default=0)
+    received, fix = None, "leave --speculate out"
+    if shape.recurrent:
+        received = "a model with recurrent states, which a draft changes before it is accepted"
+    elif not rings:
+        received = "a model without attention"
+    elif config.variant.act is not None:
+        received = "sink tuning with act, whose sums of attention every token changes"
+    elif num_tokens > smallest:
+        received = f"{config.speculate} drafted tokens, {num_tokens} with the one before, and a window of {smallest}"
+        fix = f"use --speculate {smallest - 1} at most" if smallest > 1 else fix
+    if received is not None:
+        raise UsageError(
+            problem("--speculate", received=received, expected="a draft that fits every layer's window", fix=fix)
+        )
+
+
 def check_memory(config: ExportConfig, caches: Sequence[HeadCache]) -> None:
     """The cache must fit this machine's memory: a window with a zero too many is refused before minutes of work.
 

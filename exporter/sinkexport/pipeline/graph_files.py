@@ -12,7 +12,7 @@ from pathlib import Path
 import onnx
 import onnx_ir as ir
 from sinkrt.contract import AttentionCache, FileFacts, GraphSpec, ModelFacts, StateSpec, hash_file
-from sinkrt.contract.constants import LAYOUT_METADATA
+from sinkrt.contract.constants import LAYOUT_METADATA, VERIFY
 from sinkrt.contract.layout import layout_text
 
 from sinkexport.config import WEIGHT_DTYPES, ExportConfig, target_of
@@ -33,7 +33,9 @@ from sinkexport.util.progress import Report
 PlanOf = Callable[..., Plan]
 """Arguments as `RecipePlan`'s."""
 
-DECODE_FILE, PREFILL_FILE = "decode.onnx", "prefill.onnx"
+DECODE_FILE, PREFILL_FILE, VERIFY_FILE = "decode.onnx", "prefill.onnx", "verify.onnx"
+
+FILES = {"prefill": PREFILL_FILE, VERIFY: VERIFY_FILE}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,7 +65,7 @@ def write_graphs(
     plan_of: PlanOf,
     special_ids: tuple[int | None, tuple[int, ...]],
 ) -> GraphFiles:
-    """Build and write the decode graph, and the prefill graph where chunks have more than one token."""
+    """Build and write the decode graph, the prefill graph where chunks have more than one token, and that of drafts."""
     report("decode", 0, 1)
     built, derived = _build(loaded, config, probed, "decode", config.batch, 1, plan_of)
     facts = model_facts(loaded, probed.shape, probed.rotary, special_ids, vocab_size=built.outputs[0].shape[-1])
@@ -73,18 +75,22 @@ def write_graphs(
     built.model.metadata_props.update(metadata)
     graphs = {"decode": built.spec(DECODE_FILE)}
     num_tokens = min([_chunk_size(config, built), *(ring.window_size for ring in probed.rings)])
-    chunk = None
+    others: dict[str, BuiltGraph] = {}
     with _beside(built.model, stage, report) as written:
         if num_tokens > 1:
             report("prefill", 0, 1)
             # Of one stream: a long prompt then costs the other streams nothing.
-            chunk, more = _build(loaded, config, probed, "prefill", 1, num_tokens, plan_of)
+            others["prefill"], more = _build(loaded, config, probed, "prefill", 1, num_tokens, plan_of)
+            derived += more
+        if config.speculate is not None:
+            report("drafts", 0, 1)
+            others[VERIFY], more = _build(loaded, config, probed, VERIFY, config.batch, 1 + config.speculate, plan_of)
             derived += more
         hashes = written()
-    if chunk is not None:
-        graphs["prefill"] = chunk.spec(PREFILL_FILE)
-        chunk.model.metadata_props.update(metadata)
-        write_graph_with_weights_of(chunk.model, stage, PREFILL_FILE, DECODE_FILE)
+    for role, other in others.items():
+        graphs[role] = other.spec(FILES[role])
+        other.model.metadata_props.update(metadata)
+        write_graph_with_weights_of(other.model, stage, FILES[role], DECODE_FILE)
     for graph in graphs.values():
         onnx.checker.check_model(stage / graph.file)
     return GraphFiles(
@@ -144,7 +150,15 @@ def _build(
     plan_of: PlanOf,
 ) -> tuple[BuiltGraph, list[DerivedConstant]]:
     """Trace and convert one graph of B streams and T = num_tokens tokens, and what it computes of parameters."""
-    step = StreamStep(loaded.model, config, probed.shape, probed.rotary, batch=batch, num_tokens=num_tokens).eval()
+    step = StreamStep(
+        loaded.model,
+        config,
+        probed.shape,
+        probed.rotary,
+        batch=batch,
+        num_tokens=num_tokens,
+        all_logits=role == VERIFY,
+    ).eval()
     recipe, dtype = config.recipe, WEIGHT_DTYPES[config.dtype]
     plan = (
         None if recipe is None or recipe.stored == "float" else plan_of(recipe, loaded.model, dtype, config.calibration)

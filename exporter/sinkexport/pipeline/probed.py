@@ -15,6 +15,7 @@ from sinkexport.graph.plugin_nodes import refuse_geometry, refuse_no_attention
 from sinkexport.model.experts import static_experts
 from sinkexport.model.head_caches import HeadCache, head_caches
 from sinkexport.pipeline.checks import (
+    check_drafts,
     check_memory,
     check_rings,
     check_tuned_sinks,
@@ -48,6 +49,7 @@ def probed_model(model: Any, config: ExportConfig) -> Probed:
     check_weights_after_rotation(config, rotary)
     probed = Probed(shape=shape, rotary=rotary, caches=head_caches(config, config.variant, shape))
     check_rings(config, probed.rings)
+    check_drafts(config, shape, probed.rings)
     check_memory(config, probed.caches)
     if config.has_plugins:
         if not probed.caches:

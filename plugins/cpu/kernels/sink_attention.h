@@ -58,6 +58,14 @@ struct SinkAttentionParams {
   uint16_t* window_k_scale = nullptr;  // float16 [B, Hkv, W], int8 windows only
   uint16_t* window_v_scale = nullptr;  // float16 [B, Hkv, W]
 
+  // --- with reads_only and T > 1: rows of the tokens that count, as another run would write them; null: not wanted ---
+  void* new_k = nullptr;            // [B, Hkv, T, D] of window_type; of tokens below S only where that is float32
+  void* new_v = nullptr;            // [B, Hkv, T, Dv]
+  uint16_t* new_k_scale = nullptr;  // float16 [B, Hkv, T], int8 windows only
+  uint16_t* new_v_scale = nullptr;
+  float* new_sink_k = nullptr;  // [B, Hkv, T, D] of tokens below S, where window_type is not float32 and S > 0
+  float* new_sink_v = nullptr;  // [B, Hkv, T, Dv]
+
   // --- norms of queries and keys, before they turn, and of values: x / sqrt(mean(x^2) + epsilon) * weight ---
   const float* q_norm_weight = nullptr;  // [D], one for all query heads; of whole rows [Hq * D]; null: no norms
   const float* k_norm_weight = nullptr;  // [D] or [Hkv * D], there if the other is and keys are read

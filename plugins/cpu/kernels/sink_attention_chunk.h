@@ -320,8 +320,12 @@ inline void chunkWorker(const SinkAttentionParams& p, const ChunkPlan& plan, int
 #endif
     }
     const int ended = __atomic_add_fetch(plan.ended + item.unit, 1, __ATOMIC_ACQ_REL);
-    if (p.reads_only || ended < plan.items_per_unit || item.num_tokens == 0) continue;
-    writeRows(p, cache, work, item);
+    if ((p.reads_only && p.new_k == nullptr) || ended < plan.items_per_unit || item.num_tokens == 0) continue;
+    if (p.reads_only) {
+      handOutRows(p, cache, work, item);
+    } else {
+      writeRows(p, cache, work, item);
+    }
   }
 }
 

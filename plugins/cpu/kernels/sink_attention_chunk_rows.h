@@ -84,6 +84,33 @@ inline void writeRows(const SinkAttentionParams& p, const StreamCache& cache, co
   }
 }
 
+// Copies the prepared rows to arrays of their own.
+inline void handOutRows(const SinkAttentionParams& p, const StreamCache& cache, const ChunkWork& work,
+                        const Item& item) {
+  const bool is_float = p.window_type == WindowType::kFloat32;
+  const int64_t bytes = is_float ? 4 : p.window_type == WindowType::kFloat16 ? 2 : 1;
+  for (int64_t i = 0; i < item.num_tokens; ++i) {
+    const bool is_sink = cache.position + i < p.num_sinks;
+    const int64_t to = item.unit * p.num_tokens + i;
+    for (int part = 0; part < 2; ++part) {
+      const bool is_key = part == 0;
+      const int64_t n = is_key ? p.head_dim : p.value_dim;
+      const float* row = (is_key ? work.keys : work.values) + i * n;
+      char* window = static_cast<char*>(is_key ? p.new_k : p.new_v);
+      if (is_float) {
+        std::memcpy(window + to * n * bytes, row, n * sizeof(float));
+      } else if (is_sink) {
+        std::memcpy((is_key ? p.new_sink_k : p.new_sink_v) + to * n, row, n * sizeof(float));
+      } else {
+        const char* stored = static_cast<const char*>(is_key ? work.stored_k : work.stored_v);
+        std::memcpy(window + to * n * bytes, stored + i * n * bytes, n * bytes);
+        if (p.window_type != WindowType::kInt8) continue;
+        (is_key ? p.new_k_scale : p.new_v_scale)[to] = (is_key ? work.scale_k : work.scale_v)[i];
+      }
+    }
+  }
+}
+
 // One row of a tile of queries, in lane `lane` of [dim][V * 16] or of pairs of bfloat16 [dim / 2][V * 16][2].
 template <typename Matmul>
 void placeQuery(const float* row, int dim, int64_t lanes, int64_t lane, void* tile) {

@@ -85,6 +85,9 @@ const char* optionProblem(const SinkAttentionParams& p) {
   if (p.q_norm_weight != nullptr && p.shift_cos != nullptr) {
     return explain("q_norm_weight, shift_cos: received both, expected norms before the rotation");
   }
+  if (p.new_k != nullptr && (!p.reads_only || p.num_tokens < 2)) {
+    return explain("new_k: received without reads_only or with one token, expected a run that only reads several");
+  }
   if ((p.shift_cos == nullptr) != (p.shift_sin == nullptr)) {
     return explain("shift_cos, shift_sin: received one of them, expected both or neither");
   }
@@ -114,6 +117,7 @@ struct Named {
 const char* pointersProblem(const SinkAttentionParams& p) {
   const bool reads_keys = !p.reads_only || p.num_tokens > 1;
   const bool has_sinks = p.num_sinks > 0, is_int8 = p.window_type == WindowType::kInt8;
+  const bool hands_out = p.new_k != nullptr;
   const size_t element = is_int8 ? 1 : p.window_type == WindowType::kFloat16 ? 2 : 4;
   const Named all[] = {{"q", p.q, true, 4},
                        {"k", p.k, reads_keys, 4},
@@ -126,6 +130,12 @@ const char* pointersProblem(const SinkAttentionParams& p) {
                        {"sink_v", p.sink_v, has_sinks, 4},
                        {"window_k_scale", p.window_k_scale, is_int8, 2},
                        {"window_v_scale", p.window_v_scale, is_int8, 2},
+                       {"new_k", p.new_k, p.new_v != nullptr, element},
+                       {"new_v", p.new_v, hands_out, element},
+                       {"new_k_scale", p.new_k_scale, hands_out && is_int8, 2},
+                       {"new_v_scale", p.new_v_scale, hands_out && is_int8, 2},
+                       {"new_sink_k", p.new_sink_k, hands_out && has_sinks && element < 4, 4},
+                       {"new_sink_v", p.new_sink_v, hands_out && has_sinks && element < 4, 4},
                        {"num_valid", p.num_valid, false, 8},
                        {"q_norm_weight", p.q_norm_weight, false, 4},
                        {"k_norm_weight", p.k_norm_weight, false, 4},

@@ -2,7 +2,8 @@
 // inputs and fields).
 //
 // A state's input and output are one buffer where a runtime binds them so; two buffers are right too, each run copies
-// the state first then. A node that only reads states has none of them among its outputs.
+// the state first then. A node that only reads states has none of them among its outputs, but may hand out the rows
+// that it would write.
 #include "sink_attention.h"
 
 #include <cstring>
@@ -38,6 +39,8 @@ class SinkAttention final : public Kernel {
     std::vector<Tensor> outputs = {{kFloat, out_shape_}};
     if (!params_.reads_only) {
       for (const State& state : states_) outputs.push_back(state.tensor);
+    } else if (hands_out_) {
+      for (size_t i = 0; i < rowsHandedOut(); ++i) outputs.push_back(newRows(i));
     }
     node.finish(outputs);
     node.refuseIf(cpu::sinkAttentionProblem(params_, true));
@@ -67,6 +70,7 @@ class SinkAttention final : public Kernel {
       params.sink_k = static_cast<float*>(states[next++]);
       params.sink_v = static_cast<float*>(states[next++]);
     }
+    if (hands_out_) handOut(run, params);
     if (params.rotary_dim > 0) params.frequency = frequency_.of<int64_t>(run);
     if (has_num_valid_) params.num_valid = num_valid_.of<int64_t>(run);
     if (has_alibi_) params.alibi_slopes = alibi_.of<float>(run);
@@ -89,9 +93,12 @@ class SinkAttention final : public Kernel {
     const int packed_width = node.size("packed_width");
     const size_t first = node.take("q");
     const std::vector<int64_t> shape = node.input(first).shape;
-    params_.reads_only = node.flag("reads_only");
+    const int64_t reads_only = node.integer("reads_only", 0, 2);  // 2: and hands out new rows
+    params_.reads_only = reads_only > 0;
+    hands_out_ = reads_only == 2;
     const size_t token_axis = packed_width > 0 ? 1 : 2;
     takes_keys_ = !params_.reads_only || (shape.size() > token_axis && shape[token_axis] > 1);
+    if (hands_out_ && !takes_keys_) node.refuse("reads_only", "2 with one token", "0 or 1");
     const size_t window = packed_width > 0 || !takes_keys_ ? 2 : 4;  // its place among the inputs
     window_ = window;
     if (node.inputs() < window + 2) node.refuse("inputs", std::to_string(node.inputs()), "tokens, position and states");
@@ -214,6 +221,29 @@ class SinkAttention final : public Kernel {
     gate_ = Input(node, index);
   }
 
+  // Sinks and a window of one type have the same rows.
+  size_t rowsHandedOut() const { return params_.window_type == cpu::WindowType::kFloat32 ? 2 : states_.size(); }
+
+  Tensor newRows(size_t place) const {
+    Tensor rows = states_[place].tensor;
+    rows.shape[2] = params_.num_tokens;
+    return rows;
+  }
+
+  void handOut(Run& run, cpu::SinkAttentionParams& params) const {
+    void* rows[6] = {};
+    for (size_t i = 0; i < rowsHandedOut(); ++i) rows[i] = run.output(1 + i, newRows(i).shape);
+    size_t next = 0;
+    params.new_k = rows[next++];
+    params.new_v = rows[next++];
+    if (params.window_type == cpu::WindowType::kInt8) {
+      params.new_k_scale = static_cast<uint16_t*>(rows[next++]);
+      params.new_v_scale = static_cast<uint16_t*>(rows[next++]);
+    }
+    params.new_sink_k = static_cast<float*>(rows[next++]);
+    params.new_sink_v = static_cast<float*>(rows[next++]);
+  }
+
   // The kernel takes a pointer to what it could write, and does not.
   void* readOnly(const Run& run, size_t place) const { return const_cast<void*>(run.input(states_[place].index)); }
 
@@ -235,7 +265,7 @@ class SinkAttention final : public Kernel {
   Input q_norm_, k_norm_, v_norm_, q_turned_, k_turned_;
   size_t window_ = 0;  // index of the first state
   bool takes_keys_ = true, has_num_valid_ = false, has_alibi_ = false, has_sink_logit_ = false, has_sink_scale_ = false;
-  bool has_qk_norm_ = false, has_v_norm_ = false;
+  bool has_qk_norm_ = false, has_v_norm_ = false, hands_out_ = false;
   int turned_weights_ = 0;
 };
 

@@ -117,6 +117,7 @@ constexpr const char* kManifestName = {quoted(constants.MANIFEST_NAME)};
 constexpr const char* kPluginAbi = {quoted(constants.PLUGIN_ABI)};
 // Target of bundles for the CPU library, ABI of its operators, its file, the environment variable with the path of
 // another one, and the entry of a session's configuration by which it is given the number of threads.
+constexpr const char* kVerifyRole = {quoted(constants.VERIFY)};
 constexpr const char* kCpuTarget = {quoted(constants.CPU)};
 constexpr const char* kCpuAbi = {quoted(constants.CPU_ABI)};
 constexpr const char* kCpuLibrary = {quoted(constants.CPU_LIBRARY)};

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
 from sinkrt.contract import Manifest, TensorSpec
+from sinkrt.contract.constants import VERIFY
 from sinkrt.errors import BundleError, problem
 
 if TYPE_CHECKING:  # names of backends are for help texts too, which need no NumPy
@@ -32,6 +33,37 @@ class StateArray(Protocol):
     def __getitem__(self, key: Any, /) -> Any: ...
 
     def __setitem__(self, key: Any, value: Any, /) -> None: ...
+
+
+class Verifier(Protocol):
+    """A loaded graph that verifies drafts, with its buffers.
+
+    ids: int64 [B, T], num_valid, position: int64 [B], written before `run`. A stream whose num_valid is 0 stands still.
+    logits: float32 [B, T, vocab], after each token; those of tokens that do not count mean nothing.
+    rows: new rows of the states by the name of the output (`sinkrt.contract.drafts`).
+    """
+
+    @property
+    def ids(self) -> np.ndarray: ...
+
+    @property
+    def num_valid(self) -> np.ndarray: ...
+
+    @property
+    def position(self) -> np.ndarray: ...
+
+    @property
+    def logits(self) -> np.ndarray: ...
+
+    @property
+    def rows(self) -> Mapping[str, np.ndarray]: ...
+
+    def run(self) -> None:
+        """Compute logits and rows. The states stay as they are, so a run can be repeated.
+
+        Raises: BackendError.
+        """
+        ...
 
 
 class Backend(Protocol):
@@ -68,6 +100,13 @@ class Backend(Protocol):
         """
         ...
 
+    def load_verifier(self) -> Verifier | None:
+        """Open the graph that verifies drafts, with its buffers; later calls give the same. None: it has no place here.
+
+        Raises: BundleError, BackendError as loading does.
+        """
+        ...
+
     def run_chunk(self, stream: int, ids: np.ndarray, position: int) -> None:
         """Feed ids, int64 [n], 1 <= n <= chunk_size, to one stream, the first of them at `position`; writes its logits.
 
@@ -89,7 +128,8 @@ def check_graphs(manifest: Manifest) -> None:
     roles = {"decode": (stream.batch, 1), "prefill": (1, stream.chunk_size)}
     if stream.chunk_size == 1:
         del roles["prefill"]
-    if sorted(manifest.graphs) != sorted(roles):
+    # The manifest has checked the verify graph.
+    if sorted(set(manifest.graphs) - {VERIFY}) != sorted(roles):
         raise BundleError(
             problem(
                 "graphs",

@@ -12,12 +12,13 @@ from typing import Any
 
 import numpy as np
 
-from sinkrt.backends.base import StateArray
+from sinkrt.backends.base import StateArray, Verifier
 from sinkrt.backends.cpu_library import checked_library
 from sinkrt.backends.ort_graph import Binding, Device, Graph, HostDevice
+from sinkrt.backends.state_memory import states_in_one_piece
 from sinkrt.backends.weights import SharedWeights
-from sinkrt.contract import Manifest, TensorSpec
-from sinkrt.contract.constants import CPU
+from sinkrt.contract import GraphSpec, Manifest, TensorSpec
+from sinkrt.contract.constants import CPU, VERIFY
 from sinkrt.errors import BackendError, problem
 
 
@@ -60,6 +61,9 @@ class OrtBackend:
         open_ = functools.partial(
             Graph, bundle, manifest, threads=threads, device=device, library=library, weights=weights
         )
+        self._manifest, self._device = manifest, device
+        self._verifier: OrtVerifier | None = None
+        self._open_verifier = functools.partial(open_, VERIFY, repack=repack_prefill)
         decode, prefill = open_("decode", repack=repack_decode), manifest.graphs.get("prefill")
         in_chunks = open_("prefill", repack=repack_prefill) if prefill else None
         specs = [TensorSpec(state.input, state.shape, state.dtype) for state in manifest.states]
@@ -117,9 +121,32 @@ class OrtBackend:
         self.chunks[stream].run()
         self._arrays["logits"].download()
 
+    def load_verifier(self) -> Verifier | None:
+        if self._verifier is None and isinstance(self._device, HostDevice) and VERIFY in self._manifest.graphs:
+            self._verifier = OrtVerifier(self._open_verifier(), self._manifest.graphs[VERIFY], self._states)
+        return self._verifier
+
     def _host(self, name: str) -> np.ndarray:
         array: np.ndarray = self._arrays[name].host
         return array
+
+
+class OrtVerifier:
+    """Implements `Verifier` on the CPU. graph: of `spec`. states: by input name, read where they are."""
+
+    def __init__(self, graph: Graph, spec: GraphSpec, states: Mapping[str, Any]) -> None:
+        specs = [*spec.inputs, *spec.outputs]
+        arrays = dict(zip((one.name for one in specs), states_in_one_piece(specs), strict=True))
+        self.ids, self.num_valid, self.position = (arrays.pop(name) for name in ("ids", "num_valid", "position"))
+        self.logits = arrays.pop("logits")
+        self.rows: Mapping[str, np.ndarray] = arrays
+        inputs = {"ids": self.ids, "num_valid": self.num_valid, "position": self.position}
+        self._binding = graph.bind({**inputs, "logits": self.logits, **arrays, **states}, 0)
+        self.num_valid.fill(1)
+        self.run()  # intermediate results are allocated in the first run
+
+    def run(self) -> None:
+        self._binding.run()
 
 
 def _check_memory(manifest: Manifest) -> None:

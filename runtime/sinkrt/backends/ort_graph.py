@@ -13,7 +13,7 @@ import onnxruntime as ort
 from sinkrt.backends.state_memory import ALIGNMENT_BYTES, states_in_one_piece
 from sinkrt.backends.weights import SharedWeights
 from sinkrt.contract import Manifest, TensorSpec
-from sinkrt.contract.constants import LAYOUT_METADATA, THREADS_OPTION
+from sinkrt.contract.constants import LAYOUT_METADATA, THREADS_OPTION, VERIFY
 from sinkrt.contract.layout import graph_layout
 from sinkrt.errors import BackendError, BundleError, problem
 
@@ -115,7 +115,7 @@ class HostArray:
 class Graph:
     """One graph of the bundle, loaded.
 
-    role: ``decode | prefill``. threads, repack, library, weights: as of `open_graph`.
+    role: ``decode | prefill | verify``. threads, repack, library, weights: as of `open_graph`.
 
     Raises: BundleError, BackendError as `open_graph`; BundleError if its tensors are not those of the manifest.
     """
@@ -140,7 +140,7 @@ class Graph:
             threads,
             device.providers,
             repack=repack,
-            plan_memory=role == "decode" or not isinstance(device, HostDevice),
+            plan_memory=role != "prefill" or not isinstance(device, HostDevice),
             library=library,
             weights=weights,
         )
@@ -148,7 +148,10 @@ class Graph:
         state_inputs = [TensorSpec(s.input, shapes[s.input], s.dtype) for s in manifest.states]
         state_outputs = [TensorSpec(s.output, shapes[s.input], s.dtype) for s in manifest.states]
         _compare("input", self._session.get_inputs(), [*graph.inputs, *state_inputs])
-        _compare("output", self._session.get_outputs(), [*graph.outputs, *state_outputs])
+        # A graph that verifies reads states alone.
+        self._writes = role != VERIFY
+        outputs = [*graph.outputs, *(state_outputs if self._writes else ())]
+        _compare("output", self._session.get_outputs(), outputs)
         _compare_layout(graph.file, self._session, manifest)
 
     def bind(self, arrays: Mapping[str, Any], index: int) -> Binding:
@@ -163,7 +166,8 @@ class Graph:
             device.bind(binding.bind_output, spec.name, arrays[spec.name])
         for state in self._states:
             device.bind(binding.bind_input, state.input, arrays[state.input])
-            device.bind(binding.bind_output, state.output, arrays[state.input])
+            if self._writes:
+                device.bind(binding.bind_output, state.output, arrays[state.input])
         return Binding(self._role, self._session, binding, device.run_options(index), arrays)
 
 

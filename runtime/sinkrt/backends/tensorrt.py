@@ -85,6 +85,9 @@ class TensorrtBackend:
         inputs["position"].host[...] = self._laid_out(self._position)
         self._go(inputs, self._step)
 
+    def load_verifier(self) -> None:
+        """No graph verifies drafts here."""
+
     def run_chunk(self, stream: int, ids: np.ndarray, position: int) -> None:
         inputs = self._inputs["prefill"]
         inputs["ids"].host[0, : ids.size] = ids

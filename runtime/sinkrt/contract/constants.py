@@ -25,6 +25,12 @@ ENGINE_FOLDER = "engines"
 PLUGIN_FILE = f"{ENGINE_FOLDER}/libsinkexport_plugin.so"
 """Where 'sinkexport build' puts the plugin, and sessions look for it."""
 
+VERIFY = "verify"
+"""Role of the graph that computes the logits of drafted tokens, and writes no state."""
+
+ROWS_SUFFIX = ".rows"
+"""What follows the name of a state in the name of its new rows, an output of the graph that verifies."""
+
 STATE_FORMAT = "sinkrt-state"
 STREAM_FORMAT = "sinkrt-stream"
 STATE_VERSION = "2"

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from sinkrt.contract.constants import ATTENTION_SCHEMA, CPU, FLOAT_DTYPES, RECURRENT_KINDS, SCHEMA_VERSION, TARGETS
+from sinkrt.contract.drafts import check_verify, num_drafts
 from sinkrt.contract.layout import attention_entries, check_layout, uniform_caches
 from sinkrt.contract.reader import build_from_json, parse_json
 from sinkrt.contract.rules import about, check_rules, is_inside, require
@@ -48,7 +49,9 @@ class Manifest:
     weights_dtype: str = field(metadata=about("of arithmetic, and of weights not quantised", one_of=FLOAT_DTYPES))
     model: ModelFacts = field(metadata=about("what the bundle was made from"))
     stream: StreamFacts = field(metadata=about("geometry of the cache"))
-    graphs: Mapping[str, GraphSpec] = field(metadata=about("by role: decode always, prefill if T > 1"))
+    graphs: Mapping[str, GraphSpec] = field(
+        metadata=about("by role: decode always, prefill if T > 1, verify if drafts can be verified")
+    )
     states: tuple[StateSpec, ...] = field(metadata=about("states of all layers"))
     tokenizer: TokenizerFacts | None = field(metadata=about("None: the bundle has none"))
     files: Mapping[str, FileFacts] = field(metadata=about("every file but this and the engines, by path (with '/')"))
@@ -94,6 +97,7 @@ class Manifest:
             for path in filter(None, (self.tokenizer.file, self.tokenizer.chat_template)):
                 require(path in self.files, "tokenizer file", path, "a file that 'files' lists")
         check_layout(self)
+        check_verify(self)
 
     def _check_attention(self) -> None:
         heads, entries = self.model.num_q_heads, self.attention
@@ -148,6 +152,11 @@ class Manifest:
     def is_recurrent(self) -> bool:
         """Whether there are recurrent states: these know no positions, so an idle stream takes `NO_TOKEN`."""
         return any(state.kind in RECURRENT_KINDS for state in self.states)
+
+    @property
+    def num_drafts(self) -> int:
+        """K, drafted tokens that one run of the verify graph takes; 0: the bundle has no such graph."""
+        return num_drafts(self.graphs)
 
     @property
     def weights_bytes(self) -> int:

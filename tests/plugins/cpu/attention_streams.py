@@ -42,6 +42,7 @@ class Streams:
     layout: Layout = Layout()
     bfloat16_chunks: bool = False
     reads_only: bool = False
+    hands_out: bool = False
     calls: list[tuple[Call, dict[str, np.ndarray]]] = dataclasses.field(default_factory=list, repr=False)
     """Whether to keep `records`: each run as a call with the arrays as they were, and the arrays that it changed."""
     records: bool = False
@@ -78,8 +79,9 @@ class Streams:
             if values is not None:
                 constants[name] = buffer(case.num_q_heads)
                 constants[name].tensor.copy_(values)
+        self.new = self._new_rows(element) if self.hands_out else {}
         self.out = buffer(*self._shape(case.num_q_heads, case.value_size, self.layout.out_tokens_first))
-        every = {**self.states, **self.inputs, **constants, "out": self.out}
+        every = {**self.states, **self.inputs, **constants, **self.new, "out": self.out}
         self._arrays = {name: one.tensor for name, one in every.items()}
         self._all = list(every.values())
         addresses = {name: one.address for name, one in every.items() if name != "qkv"}
@@ -114,6 +116,18 @@ class Streams:
         functions.sinkexport_cpu_sink_attention_problem.restype = ctypes.c_char_p
         problem = functions.sinkexport_cpu_sink_attention_problem(ctypes.byref(self.params))
         assert problem is None, problem.decode()
+
+    def _new_rows(self, element: torch.dtype) -> dict[str, Buffer]:
+        """Arrays for the rows that a run would write."""
+        case, found = self.case, {}
+        rows = (case.batch, case.num_kv_heads, self.num_tokens)
+        for x, size in (("k", case.head_dim), ("v", case.value_size)):
+            found[f"new_{x}"] = buffer(*rows, size, dtype=element)
+            if case.kv == "int8":
+                found[f"new_{x}_scale"] = buffer(*rows, dtype=torch.float16)
+            if case.kv != "fp" and case.num_sinks:
+                found[f"new_sink_{x}"] = buffer(*rows, size)
+        return found
 
     def _width(self) -> int:
         case = self.case

@@ -158,6 +158,31 @@ def test_states_that_another_run_writes(case, size, isa):
         assert torch.equal(found, wanted)
 
 
+@pytest.mark.parametrize("case", NORMED, ids=str)
+def test_rows_that_another_run_writes(case, isa):
+    """A run that only reads states hands out the very rows that the other writes, and has its outputs."""
+    count, size = 3 * case.capacity + 7, 5
+    torch.manual_seed(count)
+    tokens = Tokens.random(case, torch.arange(count).expand(case.batch, -1))
+    writer = Streams(case, tokens, size, isa)
+    reader = Streams(case, tokens, size, isa, reads_only=True, hands_out=True)
+    for start in range(0, count, size):
+        valid = min(size, count - start)
+        run = [start] * case.batch, [valid] * case.batch
+        for name, state in writer.states.items():
+            reader.states[name].tensor.copy_(state.tensor)
+        found, wanted = reader.run(*run), writer.run(*run)
+        assert torch.equal(found, wanted)
+        for i in range(valid):
+            is_sink, slot = start + i < case.num_sinks, (start + i - case.num_sinks) % case.window_size
+            for name, state in writer.states.items():
+                if name.startswith("sink") == is_sink:
+                    new = reader.new.get(f"new_{name}", reader.new[f"new_{name.partition('_')[2]}"])
+                    written = state.tensor[:, :, start + i if is_sink else slot]
+                    assert torch.equal(new.tensor[:, :, i], written), (name, start + i)
+    reader.check_guards()
+
+
 LARGE = (
     Case(9, 3, 64, 4, 1020, F32, kv="int8", rotation="kernel", rotary_dim=64, batch=1),
     Case(9, 3, 64, 4, 8188, F32, rotation="kernel", rotary_dim=64, batch=1),

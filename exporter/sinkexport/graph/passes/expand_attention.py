@@ -11,6 +11,7 @@ from sinkexport.graph.attention.int8_chunk import Int8ChunkAttention
 from sinkexport.graph.attention.int8_step import Int8StepAttention
 from sinkexport.graph.attention.parts import AttentionParts, PerRun
 from sinkexport.graph.attention.step import StepAttention
+from sinkexport.graph.attention.verify import Int8VerifyAttention, VerifyAttention
 from sinkexport.graph.cpu_nodes import is_cpu_node
 from sinkexport.graph.edit import known_shape, operand
 from sinkexport.graph.graph_pass import GraphPass
@@ -38,7 +39,8 @@ class ExpandAttention(GraphPass):
                 expand_angles(graph, node)
             elif node.op_type in (SINK_ATTENTION, BLOCK_ATTENTION):
                 has_circular_scatter = self.context.target.has_circular_scatter
-                _form(node)(graph, node, per_run, has_circular_scatter=has_circular_scatter).expand()
+                form = _form(node, verifies=self.context.verifies)
+                form(graph, node, per_run, has_circular_scatter=has_circular_scatter).expand()
             else:
                 raise ValueError(f"unknown operator {node.domain}::{node.op_type}")
         if not any(node.domain == DOMAIN for node in graph):
@@ -46,10 +48,12 @@ class ExpandAttention(GraphPass):
         return ir.passes.PassResult(model, bool(nodes))
 
 
-def _form(node: ir.Node) -> type[AttentionParts]:
+def _form(node: ir.Node, *, verifies: bool) -> type[AttentionParts]:
     if node.op_type == BLOCK_ATTENTION:
         return BlockAttention
     one_token = known_shape(operand(node, Input.Q))[2] == 1
     is_int8 = operand(node, Input.WINDOW_K).dtype == ir.DataType.INT8
+    if verifies:
+        return Int8VerifyAttention if is_int8 else VerifyAttention
     step, chunk = (Int8StepAttention, Int8ChunkAttention) if is_int8 else (StepAttention, ChunkAttention)
     return step if one_token else chunk

@@ -14,7 +14,7 @@ from sinkexport.graph.edit import drop_unused, known_shape, operand, optional
 from sinkexport.graph.graph_pass import GraphPass
 from sinkexport.graph.operators import DOMAIN, INT4_LINEAR, INT8_LINEAR, SINK_ATTENTION, VERSION, Input
 from sinkexport.graph.turned_weights import find_turned_weight
-from sinkexport.graph.whole_attention import Shared, States, make_whole, rotation_of, rotations_of
+from sinkexport.graph.whole_attention import HANDS_OUT, Shared, States, make_whole, rotation_of, rotations_of
 
 FLOAT = ir.DataType.FLOAT
 DIM_MULTIPLE, MAX_DIM = 8, 1024
@@ -44,7 +44,10 @@ class UseCpuAttention(GraphPass):
         drop_unused(graph)  # a view that nothing reads would hide an output's gate
         is_rounded = any(node.domain == DOMAIN and node.op_type in (INT8_LINEAR, INT4_LINEAR) for node in graph)
         for nodes in fitting:
-            _replace_all(graph, nodes, is_rounded=is_rounded)
+            if self.context.verifies:
+                _replace_verifying(graph, nodes)
+            else:
+                _replace_all(graph, nodes, is_rounded=is_rounded)
         graph.opset_imports[DOMAIN] = VERSION
         drop_unused(graph)  # rotations and angles
         return ir.passes.PassResult(model, True)
@@ -69,13 +72,26 @@ def _replace_all(graph: ir.Graph, nodes: list[ir.Node], *, is_rounded: bool) -> 
         _replace(graph, node, shared, is_rounded=is_rounded)
 
 
+def _replace_verifying(graph: ir.Graph, nodes: list[ir.Node]) -> None:
+    """Replace nodes that have the same states. None writes them: the last hands out the rows that it would write."""
+    *others, owner = nodes
+    for node in others:
+        for old, new in zip(node.outputs[1:], owner.outputs[1:], strict=True):
+            ir.convenience.replace_all_uses_with(old, new, replace_graph_outputs=True)
+    states = States.of(owner)
+    # Whether a draft is accepted depends on logits alone: they are not rounded further than a step's.
+    _replace(graph, owner, Shared(states, takes_keys=True, hands_out=True), is_rounded=False)
+    for node in others:
+        _replace(graph, node, Shared(states, takes_keys=True), is_rounded=False)
+
+
 def _replace(graph: ir.Graph, node: ir.Node, shared: Shared | None, *, is_rounded: bool) -> ir.Node:
     turned = find_turned_weight(node)
     # Norms are fused by a pass that runs later.
     norms: dict[str, int | float] = {"qk_norm": 0, "qk_norm_epsilon": 0.0, "has_v_norm": 0, "v_norm_epsilon": 0.0}
     fields = {
         "bfloat16_chunks": int(is_rounded),
-        "reads_only": int(shared is not None),
+        "reads_only": 0 if shared is None else HANDS_OUT if shared.hands_out else 1,
         "turned_weights": 0 if turned is None else len(turned.weights),
         **norms,
     }

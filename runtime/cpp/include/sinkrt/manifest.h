@@ -164,13 +164,14 @@ struct EngineFacts {
 
 // Everything that a runtime knows about a bundle.
 struct Manifest {
-  int64_t schema_version = 0;                   // version of this schema
-  std::string target;                           // what runs the graphs: onnx | cpu | tensorrt
-  std::string weights_dtype;                    // of arithmetic, and of weights not quantised: float32 | float16
-  ModelFacts model;                             // what the bundle was made from
-  StreamFacts stream;                           // geometry of the cache
-  std::map<std::string, GraphSpec> graphs;      // by role: decode always, prefill if T > 1
-  std::vector<StateSpec> states;                // states of all layers
+  int64_t schema_version = 0;  // version of this schema
+  std::string target;          // what runs the graphs: onnx | cpu | tensorrt
+  std::string weights_dtype;   // of arithmetic, and of weights not quantised: float32 | float16
+  ModelFacts model;            // what the bundle was made from
+  StreamFacts stream;          // geometry of the cache
+  std::map<std::string, GraphSpec>
+      graphs;                     // by role: decode always, prefill if T > 1, verify if drafts can be verified
+  std::vector<StateSpec> states;  // states of all layers
   std::optional<TokenizerFacts> tokenizer;      // None: the bundle has none
   std::map<std::string, FileFacts> files;       // every file but this and the engines, by path (with '/')
   std::map<std::string, std::string> producer;  // versions of what made it, for bug reports
