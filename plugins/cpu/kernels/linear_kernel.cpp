@@ -1,6 +1,7 @@
 // Matmuls by packed weights: rows are packed, then each thread takes a contiguous range of tiles.
 #include "linear_activation.h"
 #include "linear_pack.h"
+#include "linear_segments.h"
 #include "linear_tile.h"
 
 namespace sinkexport::cpu::SINKEXPORT_ISA {
@@ -15,13 +16,6 @@ int64_t smaller(int64_t a, int64_t b) {
   return a < b ? a : b;
 }
 
-// Rows that one matrix multiplies: all of them, or those that picked an expert.
-struct Segment {
-  int64_t expert;
-  int64_t first;  // packed row
-  int64_t rows;
-};
-
 struct Run {
   const LinearParams& params;
   const Format format;
@@ -30,16 +24,15 @@ struct Run {
   int64_t tasks = 1;   // of multiplyAll
   int64_t copies = 1;  // of the packed rows: each task's own, or 1
   PackedRows packed{};
-  Segment* segments = nullptr;
-  int64_t num_segments = 0;
-  int64_t* order = nullptr;  // row of y of a packed row; null: the same
-  float* rows = nullptr;     // [M, N] before they are summed up; with pick_weights
+  Segments segments;
+  float* rows = nullptr;  // [M, N] before they are summed up; with pick_weights
 
   explicit Run(const LinearParams& p)
       : params(p),
         format(p),
         tiles((p.num_outputs + 15) / 16 * (p.is_gated ? 2 : 1)),
-        bytes(packedBytes(p.weight_type, p.num_inputs, tiles * 16, p.block_size, p.scale_type)) {}
+        bytes(packedBytes(p.weight_type, p.num_inputs, tiles * 16, p.block_size, p.scale_type)),
+        segments{p} {}
 
   // Tiles are shared out in units of as many as are multiplied at once: an odd one would take more than half the time.
   int64_t unit() const {
@@ -71,8 +64,8 @@ struct Run {
     packed.scales = slices.take<float>(number * static_cast<size_t>(scaleCount()));
     packed.sums = slices.take<int32_t>(number * static_cast<size_t>(scaleCount()));
     const size_t experts = static_cast<size_t>(params.num_experts);
-    segments = slices.take<Segment>(experts > 0 ? experts : 1);
-    if (experts > 0) order = slices.take<int64_t>(count);
+    segments.all = slices.take<Segment>(experts > 0 ? experts : 1);
+    if (experts > 0) segments.order = slices.take<int64_t>(count);
     if (params.pick_weights != nullptr) rows = slices.take<float>(count * static_cast<size_t>(params.num_outputs));
   }
 
@@ -83,44 +76,6 @@ struct Run {
   PackedRows copy(int64_t number) const {
     return {packed.values + number * valueBytes(), packed.scales + number * scaleCount(),
             packed.sums + number * scaleCount()};
-  }
-
-  int64_t expertOf(int64_t row) const {
-    const int64_t pick = params.picks[row];
-    return pick < 0 ? 0 : pick >= params.num_experts ? params.num_experts - 1 : pick;
-  }
-
-  // Groups rows by expert, each expert's in their order, so that a matrix is read once.
-  void sortRows() {
-    if (params.num_experts == 0) {
-      segments[0] = {0, 0, params.num_rows};
-      num_segments = 1;
-      return;
-    }
-    for (int64_t e = 0; e < params.num_experts; ++e) segments[e] = {e, 0, 0};
-    for (int64_t m = 0; m < params.num_rows; ++m) ++segments[expertOf(m)].rows;
-    int64_t first = 0;
-    for (int64_t e = 0; e < params.num_experts; ++e) {
-      segments[e].first = first;
-      first += segments[e].rows;
-      segments[e].rows = 0;
-    }
-    for (int64_t m = 0; m < params.num_rows; ++m) {
-      Segment& segment = segments[expertOf(m)];
-      order[segment.first + segment.rows++] = m;
-    }
-    num_segments = 0;
-    for (int64_t e = 0; e < params.num_experts; ++e) {
-      if (segments[e].rows > 0) segments[num_segments++] = segments[e];
-    }
-  }
-
-  int64_t rowOfY(int64_t packed_row) const { return order == nullptr ? packed_row : order[packed_row]; }
-
-  const float* rowOfX(int64_t packed_row) const {
-    int64_t row = rowOfY(packed_row);
-    if (params.num_experts > 0) row /= params.num_rows / params.num_x_rows;
-    return params.x + row * params.num_inputs;
   }
 
   // The block that begins with a packed row.
@@ -135,21 +90,21 @@ struct Run {
       const int64_t block = m / format.largest_rows * format.largest_rows;
       const int rows = static_cast<int>(smaller(format.largest_rows, segment.rows - block));
       const PackedRows at = blockOf(to, segment.first + block);
-      packRow(params, format, rowOfX(segment.first + m),
+      packRow(params, format, segments.rowOfX(segment.first + m),
               {at.values, at.scales, at.sums, static_cast<int>(m - block), rows});
     }
   }
 
   void packAll(const PackedRows& to) const {
-    for (int64_t s = 0; s < num_segments; ++s) packRows(to, segments[s], 0, segments[s].rows);
+    for (int64_t s = 0; s < segments.count; ++s) packRows(to, segments[s], 0, segments[s].rows);
   }
 
   void pack(const Parallel& parallel) const {
     // Rows of a block lie side by side, four bytes of each: two threads that share one would wait for its lines.
     const int64_t blocks = cost(segments[0]);
-    const int64_t parts = num_segments > 1 ? num_segments : smaller(blocks, 2 * parallel.threads);
+    const int64_t parts = segments.count > 1 ? segments.count : smaller(blocks, 2 * parallel.threads);
     parallelFor(parallel, parts, [&](int64_t part) {
-      if (num_segments > 1) {
+      if (segments.count > 1) {
         packRows(packed, segments[part], 0, segments[part].rows);
       } else {
         const int64_t last = (part + 1) * blocks / parts * format.largest_rows;
@@ -223,7 +178,7 @@ struct Run {
       if (params.is_gated) up_bias = loadUpTo(from + outputs, tile.width);
     }
     for (int r = 0; r < tile.rows; ++r) {
-      const int64_t at = rowOfY(tile.first_row + r) * outputs + tile.column;
+      const int64_t at = segments.rowOfY(tile.first_row + r) * outputs + tile.column;
       const Floats sums = load(tile.out + r * 16) + bias;
       Floats value = params.is_gated
                          ? activateGated<activation>(sums, load(tile.out + (tile.rows + r) * 16) + up_bias, limit)
@@ -286,10 +241,10 @@ struct Run {
   // Where a task begins. Tasks cost about the same: an expert that many rows picked has more of them.
   Place placeOf(int64_t task) const {
     int64_t all = 0;
-    for (int64_t s = 0; s < num_segments; ++s) all += units() * cost(segments[s]);
+    for (int64_t s = 0; s < segments.count; ++s) all += units() * cost(segments[s]);
     int64_t at = task * all / tasks, s = 0;
-    for (; s < num_segments && at >= units() * cost(segments[s]); ++s) at -= units() * cost(segments[s]);
-    return {s, s < num_segments ? at / cost(segments[s]) : 0};
+    for (; s < segments.count && at >= units() * cost(segments[s]); ++s) at -= units() * cost(segments[s]);
+    return {s, s < segments.count ? at / cost(segments[s]) : 0};
   }
 
   void multiplyAll(const Parallel& parallel) const {
@@ -360,7 +315,7 @@ void runLinear(const LinearParams& params, const Parallel& parallel, Scratch& sc
   Run run(params);
   run.plan(parallel);
   run.reserve(scratch);
-  run.sortRows();
+  run.segments.sort();
   if (run.copies == 1) {
     if (parallel.threads > 1 && params.num_rows > 1) {
       run.pack(parallel);
