@@ -9,9 +9,11 @@ import math
 from typing import Any
 
 import numpy as np
+import onnx_ir as ir
 from onnx.reference.op_run import OpRun
 from sinkexport.graph.cpu_nodes import LAYER_NORM
 from sinkexport.graph.operators import DOMAIN
+from sinkexport.util.node_fields import FIELDS, read_fields
 
 from tests.reference.layers import rms_norm
 
@@ -65,6 +67,14 @@ class _Node(OpRun):
     op_domain = DOMAIN
     bits = 32
 
+    def _run(self, *inputs: Any, **attributes: Any) -> tuple[Any]:
+        packed = attributes.pop(FIELDS, None)
+        node = ir.node(self.op_type, [], {} if packed is None else {FIELDS: packed})
+        return self._compute(*inputs, **attributes, **read_fields(node))
+
+    def _compute(self, *inputs: Any, **fields: Any) -> tuple[Any]:
+        raise NotImplementedError
+
     def _weights(self, inputs: list[Any], rows: int, depth: int, fields: dict[str, Any]) -> np.ndarray:
         """The matrices of the first inputs, which are taken away."""
         assert fields["layout"] == "n16"
@@ -74,7 +84,7 @@ class _Node(OpRun):
 
 
 class FloatLinear(_Node):
-    def _run(self, x: Any, *inputs: Any, **fields: Any) -> tuple[Any]:
+    def _compute(self, x: Any, *inputs: Any, **fields: Any) -> tuple[Any]:
         left, depth, width = list(inputs), fields["in_features"], fields["out_features"]
         assert x.dtype == np.float32
         assert x.shape[-1] == depth
@@ -100,13 +110,13 @@ class FloatLinear(_Node):
 
 
 class FloatRows(_Node):
-    def _run(self, ids: Any, *inputs: Any, **fields: Any) -> tuple[Any]:
+    def _compute(self, ids: Any, *inputs: Any, **fields: Any) -> tuple[Any]:
         (table,) = self._weights(list(inputs), fields["num_rows"], fields["row_length"], fields)
         return (table[ids].astype(np.float32),)
 
 
 class FloatExpertLinear(_Node):
-    def _run(self, x: Any, picks: Any, *inputs: Any, **fields: Any) -> tuple[Any]:
+    def _compute(self, x: Any, picks: Any, *inputs: Any, **fields: Any) -> tuple[Any]:
         left, depth, width = list(inputs), fields["in_features"], fields["out_features"]
         parts = 2 if fields["gated"] else 1
         tiled = parts * TILE * -(-width // TILE)

@@ -17,7 +17,7 @@ constexpr const char* kPluginAbi = "4";
 // Target of bundles for the CPU library, ABI of its operators, its file, the environment variable with the path of
 // another one, and the entry of a session's configuration by which it is given the number of threads.
 constexpr const char* kCpuTarget = "cpu";
-constexpr const char* kCpuAbi = "3";
+constexpr const char* kCpuAbi = "4";
 constexpr const char* kCpuLibrary = "libsinkexport_cpu.so";
 constexpr const char* kCpuLibraryVariable = "SINKEXPORT_CPU_LIBRARY";
 constexpr const char* kThreadsOption = "sinkexport.threads";
