@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import _ctypes
 import os
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -18,34 +17,15 @@ from sinkrt.contract import CPU_ABI
 from sinkrt.contract.constants import CPU_ISA_VARIABLE, CPU_LIBRARY_VARIABLE
 from sinkrt.errors import BackendError, UsageError
 
+from tests.fake_cpu_library import FAILS, compiled, needs_compiler
 from tests.support import refused, run_cli
 
-COMPILER = shutil.which("cc") or shutil.which("gcc")
-needs_compiler = pytest.mark.skipif(
-    COMPILER is None and not os.environ.get("SINKEXPORT_NO_SKIP"), reason="needs a C compiler: no cc on the PATH"
-)
 WHOLE = Path(_ctypes.__file__)
 
 
 def cut(folder: Path, num_bytes: int) -> Path:
     path = folder / "cut.so"
     path.write_bytes(WHOLE.read_bytes()[:num_bytes])
-    return path
-
-
-def compiled(folder: Path, **texts: str | None) -> Path:
-    """A CPU library whose functions return these texts; `operators`: what RegisterCustomOps does."""
-    source, path = folder / "library.c", folder / "library.so"
-    lines = []
-    for name, text in {"abi": f'"{CPU_ABI}"', "problem": "0", "isa": '"avx2"', **texts}.items():
-        if name != "operators" and text is not None:
-            lines.append(f"const char* sinkexport_cpu_{name}(void) {{ return {text}; }}")
-    if (operators := texts.get("operators", "return (void*)0;")) is not None:
-        lines.append(f"void* RegisterCustomOps(void* options, void* const* base) {{ {operators} }}")
-    source.write_text("\n".join(lines))
-    command = [COMPILER or "cc", "-shared", "-fPIC", "-w", str(source), "-o", str(path)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
     return path
 
 
@@ -121,12 +101,7 @@ def test_texts_of_a_library(tmp_path: Path) -> None:
 
 @needs_compiler
 def test_a_library_that_cannot_start_is_no_fault_of_the_bundle(toy_bundle: Path, tmp_path: Path) -> None:
-    """It returns what ONNX Runtime's own function for that makes: entry 0 of the table."""
-    fails = (
-        "void* const* api = ((void* const* (*)(unsigned))base[0])(17); "
-        'return ((void* (*)(int, const char*))api[0])(1, "threads: received 3 (no more), expected 9");'
-    )
-    path = compiled(tmp_path, operators=fails)
+    path = compiled(tmp_path, operators=FAILS)
     with refused("CPU library: received", "threads: received 3", "fewer threads", error=BackendError):
         open_graph(toy_bundle / "decode.onnx", 1, ["CPUExecutionProvider"], library=path)
 
