@@ -105,9 +105,16 @@ class ChatRequest(ChoicesRequest):
             raise ValueError(f"top_logprobs: received {self.top_logprobs}, expected with logprobs true")
         return self
 
+    @model_validator(mode="after")
+    def _one_length(self) -> ChatRequest:
+        both = self.max_tokens, self.max_completion_tokens
+        if None not in both and both[0] != both[1]:
+            raise ValueError(f"max_completion_tokens: received {both[1]}, and max_tokens {both[0]}, expected one of them")
+        return self
+
     @property
     def max_answer_tokens(self) -> int | None:
-        """Longest answer, tokens; the newer name goes first."""
+        """Longest answer, tokens."""
         return self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
 
     @property
