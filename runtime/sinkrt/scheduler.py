@@ -148,13 +148,13 @@ class Scheduler:
         *,
         lasting: bool = False,
         owner: str = "",
-        opening: int = 0,
+        opening: int | None = 0,
     ) -> None:
         """Queue a prompt and its answer for a conversation, which begins with it if it is new.
 
         ids: int [N]; N = 0 lets a conversation that has begun go on. lasting: of a new conversation, that it is
         forgotten only if no other can be. owner, opening: of a new conversation, who may share beginnings of prompts
-        with it, and how many of its ids others are likely to begin with, 0: unknown.
+        with it, and how many of its ids others are likely to begin with, 0: unknown, None: it shares none.
         Its stream begins with the longest beginning that is kept; `position` says with how many tokens.
 
         Raises: UsageError if the ids are not the model's, the conversation is at work already, or all of
@@ -178,7 +178,8 @@ class Scheduler:
             if (idle := self._conversations.in_the_way()) is not None:
                 self._runner.forget(idle)
             conversation = Conversation(name, lasting, owner=owner)
-            tokens = self._keeper.begin(conversation, tokens, opening, self._slots.park)
+            if opening is not None:
+                tokens = self._keeper.begin(conversation, tokens, opening, self._slots.park)
         rest = conversation.pending[conversation.fed :]  # of a prompt that was cut short
         conversation.pending, conversation.fed = np.concatenate([rest, tokens]), 0
         conversation.answer, conversation.announced, conversation.paused = answer, False, False
@@ -207,7 +208,7 @@ class Scheduler:
                     fix="submit it with its leader",
                 )
             )
-        self.submit(name, ids, sampling, params)
+        self.submit(name, ids, sampling, params, owner=first.owner, opening=None)
         self._conversations.known(name).follow(first)
         self._slots.stop_waiting(self._conversations.known(name))
 

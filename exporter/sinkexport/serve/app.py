@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 
 from fastapi import FastAPI
 from sinkrt import UsageError
+from sinkrt.contract import StreamFacts
 from starlette.exceptions import HTTPException
 from starlette.requests import Request as HttpRequest
 from starlette.responses import JSONResponse, Response
@@ -22,6 +23,7 @@ from sinkexport.serve.forms import ChatForm, CompletionForm, Form, ResponsesForm
 from sinkexport.serve.keys import ApiKeys
 from sinkexport.serve.metrics import CONTENT_TYPE, Metrics
 from sinkexport.serve.middleware import Middleware, owner_of
+from sinkexport.serve.page import add_page
 from sinkexport.serve.prompts import Prompts
 from sinkexport.serve.request_handler import Render, RequestHandler, RequestLimit, Wanted
 from sinkexport.serve.requests import (
@@ -48,18 +50,24 @@ def create_app(
     limits: Limits,
     *,
     model: str,
-    batch: int,
+    stream: StreamFacts,
     keys: ApiKeys | None,
 ) -> FastAPI:
     """Create the application over a running decode loop.
 
-    model: what clients call it. batch: B, streams of the session.
+    model: what clients call it. stream: of the session's bundle.
     """
     # Without its pages of documentation, which would load scripts from elsewhere.
     app = FastAPI(openapi_url=None, redirect_slashes=False)
     app.add_middleware(Middleware, metrics=metrics, keys=keys, max_body_bytes=limits.max_body_bytes)
-    answer = _Answer(decode_loop, limits, model, batch)
-    facts = {"id": model, "object": "model", "created": int(time.time()), "owned_by": "sinkexport"}
+    answer = _Answer(decode_loop, limits, model, stream.batch)
+    facts = {
+        "id": model,
+        "object": "model",
+        "created": int(time.time()),
+        "owned_by": "sinkexport",
+        "stream": {"num_sink_tokens": stream.num_sink_tokens, "window_size": stream.window_size},
+    }
 
     @app.api_route("/v1/models", methods=READ)
     async def models() -> Response:
@@ -90,6 +98,7 @@ def create_app(
     async def prometheus() -> Response:
         return Response(metrics.text(), headers={"Content-Type": CONTENT_TYPE})
 
+    add_page(app, READ)
     _add_answers(app, answer, prompts, limits, model)
     _add_responses(app, answer, prompts, limits, model)
     _add_tokens(app, answer, prompts, limits)

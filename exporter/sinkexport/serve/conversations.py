@@ -102,7 +102,7 @@ class Conversations:
                 if self._scheduler.num_pending(key):
                     self._scheduler.submit_sibling(key, sibling, work.ids, sampling, work.params)
                 else:  # its stream has taken the whole prompt before
-                    self._scheduler.submit(sibling, work.ids, sampling, work.params)
+                    self._scheduler.submit(sibling, work.ids, sampling, work.params, owner=work.owner)
                 keys.append(sibling)
         except Exception:
             for placed in keys:

@@ -9,9 +9,11 @@ import threading
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from sinkrt.errors import UsageError
 from sinkrt.prefix_store import MIN_PREFIX_TOKENS
 from sinkrt.text import OPENING_MESSAGES, common_start
 
+from sinkexport.serve.errors import ApiError
 from sinkexport.serve.requests import ChatPrompt
 
 OPENING_ROLES = ("system", "developer")
@@ -47,10 +49,13 @@ class Openings:
         return common_start(known, ids)
 
     def _found(self, opening: ChatPrompt, args: Mapping[str, Any]) -> list[int]:
-        first, second = (
-            self._encode(
-                dataclasses.replace(opening, messages=[*opening.messages, {"role": "user", "content": text}]), args
-            )
+        """Ids of an opening; none if the template takes no chat of it and a short message."""
+        chats = (
+            dataclasses.replace(opening, messages=[*opening.messages, {"role": "user", "content": text}])
             for text in OPENING_MESSAGES
         )
+        try:
+            first, second = (self._encode(chat, args) for chat in chats)
+        except (UsageError, ApiError):
+            return []
         return first[: common_start(first, second)]

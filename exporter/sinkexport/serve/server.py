@@ -82,7 +82,7 @@ class Server:
             metrics,
             limits,
             model=self.model,
-            batch=session.batch,
+            stream=session.manifest.stream,
             keys=None if api_keys is None else ApiKeys(api_keys),
         )
         self.app.router.lifespan_context = self._lifespan

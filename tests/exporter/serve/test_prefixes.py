@@ -60,6 +60,11 @@ def test_answers_are_those_of_a_session_of_its_own(bundle: Path, tmp_path: Path)
             )
             for i, each in enumerate(messages)
         ]
+        served.wait_until(lambda: served.server.decode_loop.totals.conversations == 8)
+        scheduler = served.server.decode_loop.scheduler
+        copies = sum(c.copy is not None for c in scheduler._conversations.by_age())
+        assert scheduler.load.parked == copies, "what is parked is counted once"
+        assert len(scheduler._keeper._prefixes) == 1
     with serving(bundle, Limits(max_tokens=100, grace_s=0, max_prefix_bytes=0)) as served:
         for i, each in enumerate(messages):
             plain = served.client().chat.completions.create(
@@ -74,3 +79,26 @@ def test_a_folder_without_memory_is_refused(bundle: Path, tmp_path: Path) -> Non
     )
     (tmp_path / "file").write_text("x")
     run_cli("serve", bundle, "--port", 0, "--prefix-dir", tmp_path / "file").refusal("folder for prefixes: received")
+
+
+def test_a_template_that_takes_no_short_message(tmp_path: Path) -> None:
+    template = (
+        "{% for m in messages %}{% if m.content | length < 3 %}{{ raise_exception('too short') }}{% endif %}"
+        "{{ '[' + m.role + ']' + m.content }}{% endfor %}"
+    )
+    bundle = build_toy(tmp_path / "toy", Toy(chunk_size=16, window_size=400), template=template)
+    with serving(bundle, LIMITS) as served:
+        assert [known(served, "long enough"), known(served, "long, too")] == [0, 0]
+
+
+@pytest.mark.parametrize("keys", [None, {"ada": "a" * 20, "bob": "b" * 20}])
+def test_answers_beside_each_other_share_with_their_own_key_only(
+    bundle: Path, tmp_path: Path, keys: dict[str, str] | None
+) -> None:
+    with serving(bundle, LIMITS, api_key=keys) as served:
+        for key in ("a" * 20, "b" * 20):
+            known(served, "one", key=key, n=2)
+            known(served, "two", key=key, n=3)
+        served.wait_idle()
+        owners = {owner for owner, _ in served.server.decode_loop.scheduler._keeper._prefixes._kept}
+        assert owners == ({""} if keys is None else {"ada", "bob"})
