@@ -1,4 +1,4 @@
-"""CPU libraries that do not serve, in the C++ runtime: cut short, of another kind, or with functions that say nothing."""
+"""CPU libraries that do not serve, in the C++ runtime: cut short, of another kind, or with nothing to say."""
 
 from __future__ import annotations
 

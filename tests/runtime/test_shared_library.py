@@ -39,7 +39,7 @@ def test_a_whole_library_opens() -> None:
 @pytest.mark.parametrize("share", [0.0, 0.001, 0.1, 0.25, 0.5, 0.75, 0.9, 0.999])
 def test_a_library_that_was_cut_short(share: float, tmp_path: Path) -> None:
     path = cut(tmp_path, int(WHOLE.stat().st_size * share))
-    with pytest.raises(OSError, match="cut short: at least [0-9]+ bytes|too short"):
+    with pytest.raises(OSError, match=r"cut short: at least [0-9]+ bytes|too short"):
         open_library(path)
 
 

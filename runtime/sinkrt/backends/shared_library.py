@@ -1,7 +1,7 @@
 """Shared libraries that come as files: looked at before the loader maps them.
 
-The loader maps segments beyond the end of a file that was cut short, and the first look at one ends the process. Twin of
-runtime/cpp/src/backends/shared_library.cpp.
+The loader maps segments beyond the end of a file that was cut short, and the first look at one ends the process.
+Twin of runtime/cpp/src/backends/shared_library.cpp.
 """
 
 from __future__ import annotations

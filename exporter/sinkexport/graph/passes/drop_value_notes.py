@@ -13,7 +13,9 @@ class DropValueNotes(GraphPass):
     def call(self, model: ir.Model) -> ir.passes.PassResult:
         """Clear them."""
         modified = False
-        constants = [v for v in model.graph.initializers.values() if v.const_value is not None and not v.is_graph_input()]
+        constants = [
+            v for v in model.graph.initializers.values() if v.const_value is not None and not v.is_graph_input()
+        ]
         for value in constants:
             modified |= value.type is not None or value.shape is not None
             value.type = value.shape = None

@@ -1,7 +1,7 @@
 """All fields of every node of the CPU library in one attribute.
 
-ONNX Runtime keeps every attribute of a node twice, each in some hundred bytes, for both graphs of a bundle. And it shows
-an operator no attribute that it does not ask for: a field of a later version would be left out without a word.
+ONNX Runtime keeps every attribute of a node twice, each in some hundred bytes, for both graphs of a bundle. And it
+shows an operator no attribute that it does not ask for: a field of a later version would be left out without a word.
 """
 
 from __future__ import annotations

@@ -84,7 +84,9 @@ def _tensor(parts: Parts, group_size: int, *, is_symmetric: bool) -> ComputedTen
     zeros = _outputs(parts.words("qzeros", (depth // block, width // FIELDS)))
     symmetric = bool((zeros == HALF).all())
     if is_symmetric and not symmetric:
-        raise refused(f"'{parts.base}.qzeros' other than {HALF}, and a configuration without zero points", "one of them")
+        raise refused(
+            f"'{parts.base}.qzeros' other than {HALF}, and a configuration without zero points", "one of them"
+        )
 
     def read(rows: Indices | None) -> Rounded:
         some = slice(None) if rows is None else rows

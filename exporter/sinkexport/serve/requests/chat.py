@@ -109,7 +109,9 @@ class ChatRequest(ChoicesRequest):
     def _one_length(self) -> ChatRequest:
         both = self.max_tokens, self.max_completion_tokens
         if None not in both and both[0] != both[1]:
-            raise ValueError(f"max_completion_tokens: received {both[1]}, and max_tokens {both[0]}, expected one of them")
+            raise ValueError(
+                f"max_completion_tokens: received {both[1]}, and max_tokens {both[0]}, expected one of them"
+            )
         return self
 
     @property
