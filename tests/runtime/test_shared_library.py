@@ -57,7 +57,7 @@ def test_what_is_no_library_is_for_the_loader(tmp_path: Path) -> None:
 
 
 def test_a_process_lives_on(tmp_path: Path) -> None:
-    """By itself: the loader would end the process, with no word."""
+    """The loader would end the process, with no word."""
     script = "import sys; from sinkrt.backends.cpu_library import is_usable; print(is_usable())"
     environment = {**os.environ, CPU_LIBRARY_VARIABLE: str(cut(tmp_path, WHOLE.stat().st_size // 2))}
     done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, check=False)

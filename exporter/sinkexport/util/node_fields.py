@@ -21,7 +21,7 @@ def read_fields(node: ir.Node) -> dict[str, Field]:
 
 
 def shown_fields(fields: dict[str, Field]) -> str:
-    """Value of the attribute FIELDS: floats in as many digits as tell them apart."""
+    """Value of the attribute FIELDS: floats in as many digits as distinguish them."""
     return ",".join(f"{name}={_shown(value)}" for name, value in sorted(fields.items()))
 
 

@@ -17,7 +17,7 @@ from sinkrt.errors import BackendError, printable, problem
 INSTALL = f"install sinkexport where there is a C++ compiler, set {CPU_LIBRARY_VARIABLE}, or export with --target onnx"
 
 OTHER_FUNCTIONS = ("sinkexport_cpu_isa", "RegisterCustomOps")
-"""Of a library, beside those that say its version and whether it runs here."""
+"""Functions of a library beside those that say its version and whether it runs here."""
 
 
 def find_library() -> Path | None:

@@ -37,7 +37,7 @@ def text_of(library: ctypes.CDLL, function: str) -> str | None:
 
 
 def _missing_bytes(path: Path) -> int:
-    """Bytes from the end of a file to the end of what its headers tell of.
+    """Bytes from the end of a file to the end of what its headers list.
 
     0 or less: it is whole, or not of a kind that is known here (ELF, 64 bits, little-endian): that is for the loader.
     """

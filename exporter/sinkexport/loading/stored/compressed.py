@@ -33,7 +33,7 @@ WORD_BITS = 32
 BY_GROUP = ("group", "dynamic")
 """Activation orders that scatter the inputs of a group; the others order them only while weights are rounded."""
 NO_GROUP = -1
-"""Of every input, where a file keeps ``weight_g_idx`` without an order."""
+"""Group of every input, where a file keeps ``weight_g_idx`` without an order."""
 
 WHERE = "quantization_config of config.json"
 

@@ -24,7 +24,7 @@ T at(const char* bytes, size_t offset) {
   return value;
 }
 
-// Bytes from the end of a file to the end of what its headers tell of. 0: it is whole, or not of a kind that is known
+// Bytes from the end of a file to the end of what its headers list. 0: it is whole, or not of a kind that is known
 // here (ELF, 64 bits, little-endian): that is for the loader.
 uint64_t missingBytes(const std::string& path) {
   std::ifstream file(path, std::ios::binary);
