@@ -27,6 +27,7 @@ SOURCE = """
 extern "C" const char* sinkexport_cpu_abi() { return "ABI"; }
 extern "C" const char* sinkexport_cpu_problem() { return nullptr; }
 extern "C" const char* sinkexport_cpu_isa() { return "avx512_bf16"; }
+extern "C" void* RegisterCustomOps() { return nullptr; }
 """
 LIBRARY = f"sinkrt/{CPU_LIBRARY}"
 PLAIN = "sinkexport-0.1.0-py3-none-any.whl"

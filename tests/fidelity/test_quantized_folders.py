@@ -359,6 +359,30 @@ def _filled(value: float) -> Callable[[torch.Tensor], torch.Tensor]:
     return lambda tensor: torch.full_like(tensor, value)
 
 
+def _no_groups(folder: Folder) -> None:
+    """Groups of -1 for every matrix, which older files keep where there is no order."""
+    for name, packed in list(folder.tensors.items()):
+        if name.endswith("weight_packed"):
+            groups = torch.full((packed.shape[1] * 8,), -1, dtype=torch.int32)
+            folder.tensors[name.replace("weight_packed", "weight_g_idx")] = groups
+
+
+SAYS_NOTHING: dict[str, tuple[str, Callable[[Folder], object]]] = {
+    "modules that are left out": ("gptq", _config(dynamic={"-:.*lm_head.*": {}})),
+    "groups of no order": ("packed", _no_groups),
+}
+
+
+@pytest.mark.parametrize("case", SAYS_NOTHING)
+def test_settings_that_say_nothing_of_the_numbers(case: str, tmp_path: Path) -> None:
+    kind, change = SAYS_NOTHING[case]
+    folder, bundle = made(tmp_path / "model", kind), tmp_path / "bundle"
+    change(folder)
+    run_cli("export", folder.write(), "-o", bundle, "--window", "12", "--recipe", "stored-float").succeeded()
+    ids = random_ids(1, 9)
+    assert error(logits(bundle, ids), reference_logits(folder.reference(), ids)) < 1e-4
+
+
 REFUSED: dict[str, tuple[str, Callable[[Folder], None], str]] = {
     "an unknown key": ("gptq", _config(clip=1.0), "the key 'clip'"),
     "other bits for some modules": ("gptq", _config(dynamic={"+:.*down.*": {"bits": 8}}), "dynamic"),
@@ -414,6 +438,24 @@ REFUSED: dict[str, tuple[str, Callable[[Folder], None], str]] = {
     ),
     "a weight that is there twice": ("gptq", _also("weight", torch.zeros(64, 64)), "twice"),
     "AWQ's weight there twice": ("awq", _also("weight", torch.zeros(64, 64)), "twice"),
+    "no words at all": (
+        "gptq",
+        lambda f: [_changed(n, lambda t: t[:0])(f) for n in ("qweight", "qzeros", "scales")],
+        "at least one word",
+    ),
+    "zero points that sym denies": ("gptq", _config(sym=True), "sym true"),
+    "AWQ's zero points that zero_point denies": ("awq", _config(zero_point=False), "without zero points"),
+    "one FP8 scale of a matrix in blocks": (
+        "fp8-blocks",
+        _changed("weight_scale_inv", lambda t: t.reshape(-1)[:1]),
+        "a scale for each block of 32 x 48",
+    ),
+    "FP8 that is said to be integers": ("compressed-fp8", _weights(type="int"), "in FP8, which no group"),
+    "an order without groups": (
+        "packed",
+        lambda f: (_weights(actorder="group")(f), _no_groups(f)),
+        "groups of uneven sizes",
+    ),
     "a method that is a list": ("gptq", _config(quant_method=["gptq"]), "quant_method ['gptq']"),
     "a group size beyond all": ("gptq", _config(group_size=10**30), "group_size"),
     "tables of codes": ("gptq", _config(quant_method="bitsandbytes"), "codes look up in tables"),

@@ -215,6 +215,8 @@ def test_a_flood_filter_counts_what_it_leaves_out() -> None:
 
     assert sum(line("%d went wrong", i) is not None for i in range(1000)) == LINES_A_MINUTE
     assert line("another") is not None
+    assert line("socket.send() raised exception.", name="asyncio") is None  # a client has gone
+    assert line("something else", name="asyncio") is not None
     assert line('"%s" %d', "GET /", 200, name="uvicorn.access") is not None
     refused = [line('"%s" %d', "GET /", 401, name="uvicorn.access") for _ in range(100)]
     assert sum(record is not None for record in refused) == LINES_A_MINUTE

@@ -34,6 +34,7 @@ from sinkexport.graph.packed_weights import (
     packed_source,
     shown_order,
 )
+from sinkexport.util.node_fields import FIELDS, read_fields
 
 ALL_TOKENS: Mapping[str, int] = {"num_tokens": 0, "repeats_last": 0}
 """Fields of a matmul that computes all rows: the last pass but one changes them (skip_cpu_padding)."""
@@ -80,6 +81,8 @@ def is_cpu_node(node: ir.Node) -> bool:
     """Whether a node is in the form that the CPU library takes."""
     if node.domain != DOMAIN:
         return False
+    if FIELDS in node.attributes:
+        return True
     if node.op_type == SINK_ATTENTION:
         return "bfloat16_chunks" in node.attributes
     return "layout" in node.attributes  # of the plugin's nodes some have the same names
@@ -142,12 +145,13 @@ class CpuMatmul:
         }
 
 
-def _read(node: ir.Node, first: int, optional_inputs: Mapping[str, str]) -> dict[str, Any]:
+def _read(node: ir.Node, first: int, optional_inputs: Mapping[str, str], *names: str) -> dict[str, Any]:
     """What a node says that all matmuls have, and its inputs after the weights, by name.
 
     first: index of the weights among the inputs. optional_inputs: name of each, by the field that says if it is there.
+    names: of further fields.
     """
-    fields = {name: attribute.value for name, attribute in node.attributes.items()}
+    fields: dict[str, Any] = {**read_fields(node)}
     num_weights = 1 + (node.op_type in WITH_SCALES) + fields["has_zero_points"]
     rest = iter([operand(node, i) for i in range(first + num_weights, len(node.inputs))])
     return {
@@ -156,7 +160,7 @@ def _read(node: ir.Node, first: int, optional_inputs: Mapping[str, str]) -> dict
         "weights": tuple(operand(node, i) for i in range(first, first + num_weights)),
         "is_layer_norm": fields["norm"] == LAYER_NORM,
         "is_gated": bool(fields["gated"]),
-        **{name: fields[name] for name in AS_FIELDS},
+        **{name: fields[name] for name in (*AS_FIELDS, *names)},
         **{name: next(rest) if fields[field] else None for field, name in optional_inputs.items()},
     }
 
@@ -180,8 +184,7 @@ class Linear(CpuMatmul):
     @classmethod
     def of(cls, node: ir.Node) -> Linear:
         """What a node says."""
-        epsilon = node.attributes["output_norm_epsilon"].as_float()
-        return cls(output_norm_epsilon=epsilon, **_read(node, 1, _FUSED))
+        return cls(**_read(node, 1, _FUSED, "output_norm_epsilon"))
 
     @property
     def is_bare(self) -> bool:
@@ -253,8 +256,7 @@ class ExpertLinear(CpuMatmul):
     @classmethod
     def of(cls, node: ir.Node) -> ExpertLinear:
         """What a node says."""
-        num_experts = node.attributes["num_experts"].as_int()
-        return cls(picks=operand(node, 1), num_experts=num_experts, **_read(node, 2, _FUSED_OF_EXPERTS))
+        return cls(picks=operand(node, 1), **_read(node, 2, _FUSED_OF_EXPERTS, "num_experts"))
 
     @property
     def shape(self) -> tuple[int, ...]:

@@ -7,7 +7,7 @@ heads in another order. Each row that is found is compared bit by bit, so a wron
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import numpy as np
@@ -84,20 +84,45 @@ class RowIndex:
             by_depth.setdefault(matrix.shape[1], []).append(number)
         self._tables = {depth: self._table(numbers) for depth, numbers in by_depth.items()}
 
-    def find(self, rows: npt.NDArray[Any]) -> StoredRows | None:
-        """Where the rows of a matrix [n, K] come from; None: not all of them from matrices of one form."""
+    def find(self, rows: npt.NDArray[Any], used: Collection[str] = ()) -> StoredRows | None:
+        """Where the rows of a matrix [n, K] come from; None: not all of them from matrices of one form.
+
+        A row that several matrices have, such as one of zeros, is taken from the one that most of the others come from.
+        used: names of matrices that were found before, which come after others that have as many.
+        """
         table = self._tables.get(rows.shape[-1])
         if table is None or rows.ndim != 2 or not len(rows):
             return None
         hashes, numbers, places = table
         wanted = self._hashes(rows)
-        at = np.minimum(np.searchsorted(hashes, wanted), len(hashes) - 1)
-        if not (hashes[at] == wanted).all():
+        first, end = np.searchsorted(hashes, wanted), np.searchsorted(hashes, wanted, side="right")
+        if not (first < end).all():
             return None
-        used, number = np.unique(numbers[at], return_inverse=True)
-        found = StoredRows(tuple(self._matrices[n] for n in used), number, places[at])
+        at = self._chosen(numbers, first, end, used)
+        used_ones, number = np.unique(numbers[at], return_inverse=True)
+        found = StoredRows(tuple(self._matrices[n] for n in used_ones), number, places[at])
         alike = {StoredRows((matrix,), number, places).form for matrix in found.matrices}
         return found if len(alike) == 1 and self._is_equal(found, rows) else None
+
+    def _chosen(self, numbers: Indices, first: Indices, end: Indices, used: Collection[str]) -> Indices:
+        """Index into the table [n] of each row, of the candidates from `first` to before `end`."""
+        counts = end - first
+        votes = np.zeros(len(self._matrices), np.int64)
+        voters = counts == 1 if (counts == 1).any() else counts > 0
+        for k in range(int(counts[voters].max())):
+            here = first[voters & (counts > k)] + k
+            votes += np.bincount(numbers[here], minlength=len(votes))
+        is_used = np.array([matrix.name in used for matrix in self._matrices])
+        rank = np.empty(len(votes), np.int64)
+        rank[np.lexsort((np.arange(len(votes)), is_used, -votes))] = np.arange(len(votes))
+        at = first.copy()
+        shared = np.flatnonzero(counts > 1)
+        for k in range(1, int(counts.max())):
+            shared = shared[counts[shared] > k]
+            other = first[shared] + k
+            is_better = rank[numbers[other]] < rank[numbers[at[shared]]]
+            at[shared[is_better]] = other[is_better]
+        return at
 
     def _is_equal(self, found: StoredRows, rows: npt.NDArray[Any]) -> bool:
         step = max(1, CHUNK_ELEMENTS // rows.shape[1])
@@ -110,7 +135,7 @@ class RowIndex:
         return True
 
     def _table(self, numbers: Sequence[int]) -> tuple[Hashes, Indices, Indices]:
-        """Hashes in order, with the number of the matrix and the row of each."""
+        """Hashes in order, with the number of the matrix and the row of each; of equal rows of a matrix, the first."""
         parts = []
         for number in numbers:
             matrix = self._matrices[number]
@@ -120,8 +145,10 @@ class RowIndex:
                 hashes = self._hashes(matrix.dequantized(rows).astype(self._dtype))
                 parts.append((hashes, np.full(len(rows), number), rows))
         hashes, owners, places = (np.concatenate([part[i] for part in parts]) for i in range(3))
-        order = np.argsort(hashes, kind="stable")
-        return hashes[order], owners[order], places[order]
+        order = np.lexsort((owners, hashes))
+        hashes, owners, places = hashes[order], owners[order], places[order]
+        is_first = np.append(True, (hashes[1:] != hashes[:-1]) | (owners[1:] != owners[:-1]))
+        return hashes[is_first], owners[is_first], places[is_first]
 
     def _hashes(self, rows: npt.NDArray[Any]) -> Hashes:
         """uint64 [n]: of the bits of each row, zeros without a sign."""

@@ -12,7 +12,9 @@ from sinkrt.errors import UsageError
 
 from sinkexport.families.refusals import refusing
 from sinkexport.reference.calls import calls_reference
+from sinkexport.reference.chunked import chunked_streaming
 from sinkexport.reference.streaming import streaming_reference
+from sinkexport.util.arrays import Logits
 from sinkexport.variants.variant import PLAIN, AttentionVariant
 
 RE_ROTATING, CALL_FOLLOWING = "re-rotating", "call-following"
@@ -61,3 +63,18 @@ def streamed_logits(
         calls = stack.enter_context(calls_reference(model, *geometry, variant))
         num_tokens = calls.affordable(ids.shape[1], ids.shape[0], max_work)
         yield Streamed(CALL_FOLLOWING, num_tokens, calls.logits(ids[:, :num_tokens]))
+
+
+def logits_of_int8_window(
+    model: Any, ids: torch.Tensor, num_sink_tokens: int, window_size: int, variant: AttentionVariant = PLAIN
+) -> Logits | None:
+    """Logits [B, N, vocab] after each of ids int64 [B, N], as `streamed_logits`, keys and values rounded to INT8.
+
+    None: no reference can follow the model.
+    """
+    try:
+        with torch.no_grad(), chunked_streaming(model, num_sink_tokens, window_size, "int8", variant) as stream:
+            logits: Logits = stream.feed(ids).float().numpy()
+    except UsageError:
+        return None
+    return logits

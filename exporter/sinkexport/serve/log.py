@@ -12,6 +12,8 @@ LINES_A_MINUTE = 5
 """Lines of one kind that pass in a minute."""
 MAX_KINDS = 50
 PERIOD_S = 60.0
+CLIENT_LEFT = "socket.send() raised exception."
+"""asyncio's warning when an answer is written to a client that has gone: that is nobody's fault."""
 LOGGERS = ("asyncio", "uvicorn.error", "uvicorn.access", "sinkexport.serve")
 
 
@@ -32,6 +34,8 @@ class FloodFilter(logging.Filter):
         """Whether to write the line."""
         if record.name == "uvicorn.access" and _status(record) < 400:
             return True
+        if record.name == "asyncio" and record.msg == CLIENT_LEFT:
+            return False
         kind = (record.name, record.levelno, str(record.msg).split("\n", 1)[0][:100])
         now = self._clock()
         with self._lock:

@@ -43,6 +43,7 @@ CPU = Target(
         "fuse_layer_norms",
         "fuse_cpu_norms",
         "skip_cpu_padding",
-        "name_cpu_fields",  # last: of finished nodes
+        "pack_cpu_fields",  # of finished nodes
+        "drop_value_notes",
     ),
 )

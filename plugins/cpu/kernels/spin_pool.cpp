@@ -6,6 +6,8 @@
 #include <chrono>
 #include <condition_variable>
 #include <mutex>
+#include <stdexcept>
+#include <string>
 #include <thread>
 #include <vector>
 
@@ -103,11 +105,22 @@ struct SpinPool::Shared {
 };
 
 SpinPool::SpinPool(int threads) : threads_(threads < 1 ? 1 : threads), shared_(new Shared) {
-  for (int i = 1; i < threads_; ++i) shared_->helpers.emplace_back([this, i] { work(*shared_, i); });
+  Shared* const shared = shared_;
+  try {
+    for (int i = 1; i < threads_; ++i) shared->helpers.emplace_back([shared, i] { work(*shared, i); });
+  } catch (const std::exception& error) {  // those that did start end here: nobody else knows of them
+    const size_t started = shared->helpers.size();
+    end();
+    throw std::runtime_error("threads: received " + std::to_string(started + 1) + " (" + error.what() + "), expected " +
+                             std::to_string(threads_));
+  }
 }
 
 SpinPool::~SpinPool() {
-  if (!shared_->hasHelpers()) return;
+  if (shared_->hasHelpers()) end();
+}
+
+void SpinPool::end() {
   shared_->ends = true;
   shared_->wake();
   for (std::thread& helper : shared_->helpers) helper.join();

@@ -13,7 +13,8 @@ namespace sinkexport::cpu {
 // its processor: the caller does what no helper has begun.
 class SpinPool {
  public:
-  // `threads` counts the caller, 1 or more. Threads begin now. Raises std::system_error where none can be had.
+  // `threads` counts the caller, 1 or more. Threads begin now. Throws std::runtime_error where one cannot be
+  // had: those that had begun have ended then.
   explicit SpinPool(int threads);
   SpinPool(const SpinPool&) = delete;
   SpinPool& operator=(const SpinPool&) = delete;
@@ -31,6 +32,7 @@ class SpinPool {
  private:
   struct Shared;
   static void run(void* pool, int64_t tasks, void (*task)(void*, int64_t), void* argument);
+  void end();
   static void work(Shared& shared, int helper);
 
   int threads_;

@@ -23,7 +23,7 @@ namespace {
 
 // Version of names, inputs and fields of the operators, and of the layout of weights. The manifest of a bundle has the
 // one that it was made for (CPU_ABI in sinkrt.contract).
-constexpr const char* kAbi = "3";
+constexpr const char* kAbi = "4";
 constexpr const char* kDomain = "ai.sinkexport";
 // Threads that nodes of the session may use, which ONNX Runtime does not report to operators.
 constexpr const char* kThreadsOption = "sinkexport.threads";
@@ -63,7 +63,8 @@ struct Domain {
   OrtCustomOpDomain* handle = nullptr;
 };
 
-// Sessions refer to a domain for as long as they live, and nothing says when the last one ends: it is kept.
+// Sessions refer to a domain for as long as they live, and nothing says when the last one ends: it is kept, but for its
+// threads.
 Domain& domainOf(const Api& api, cpu::Isa isa, int threads) {
   static std::mutex mutex;
   static std::map<std::pair<cpu::Isa, int>, std::unique_ptr<Domain>> domains;
@@ -138,6 +139,7 @@ SINKEXPORT_EXPORT ort::OrtStatus* RegisterCustomOps(ort::OrtSessionOptions* opti
       return api.status(ort::kFail, problem);
     }
     ort::Domain& domain = ort::domainOf(api, isa, ort::threadsOf(api, options));
+    domain.library.helpers.start();
     api.call<ort::AddCustomOpDomain>(options, domain.handle);
     return nullptr;
   } catch (const std::exception& error) {

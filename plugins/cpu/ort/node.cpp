@@ -3,10 +3,14 @@
 #include <algorithm>
 #include <climits>
 #include <cmath>
+#include <cstring>
+#include <locale>
 #include <sstream>
 
 namespace sinkexport::ort {
 namespace {
+
+constexpr const char* kFields = "fields";  // the attribute of this name
 
 Tensor described(const Api& api, OrtTypeInfo* info) {
   const OrtTensorInfo* tensor = nullptr;
@@ -62,6 +66,7 @@ Node::Node(const Api& api, const OrtKernelInfo* info, const char* operator_name)
   size_t bytes = sizeof name;
   name_ = operator_name;
   if (api.succeeds<KernelInfoGetNodeName>(info, name, &bytes)) name_ += std::string(" '") + name + "'";
+  readFields();
   size_t count = 0;
   api.call<KernelInfoGetInputCount>(info, &count);
   for (size_t i = 0; i < count; ++i) {
@@ -84,10 +89,43 @@ Node::Node(const Api& api, const OrtKernelInfo* info, const char* operator_name)
   }
 }
 
+// One attribute has all of them, `name=value` with commas between: ONNX Runtime keeps each attribute of a node twice,
+// and lists attributes to nobody, so that a field of a later version would be left out without a word.
+void Node::readFields() {
+  size_t bytes = 0;
+  api_.succeeds<KernelInfoGetAttributeString>(info_, kFields, nullptr, &bytes);
+  std::string value(bytes, '\0');
+  if (bytes == 0 || !api_.succeeds<KernelInfoGetAttributeString>(info_, kFields, value.data(), &bytes)) {
+    refuse(kFields, "nothing", "the node's fields");
+  }
+  value.resize(std::strlen(value.c_str()));
+  std::istringstream all(value);
+  for (std::string one; std::getline(all, one, ',');) {
+    const size_t end = std::min(one.find('='), one.size());
+    const std::string name = one.substr(0, end), text = one.substr(std::min(end + 1, one.size()));
+    if (!fields_.emplace(name, text).second) refuse(kFields, "'" + name + "' twice", "each field once");
+  }
+}
+
+const std::string& Node::field(const char* name, const std::string& expected) {
+  const auto found = fields_.find(name);
+  if (found == fields_.end()) refuse(name, "nothing", expected);
+  asked_.insert(name);
+  return found->second;
+}
+
+template <typename Number>
+Number Node::parsed(const char* name, const std::string& expected) {
+  const std::string& text = field(name, expected);
+  std::istringstream from(text);
+  from.imbue(std::locale::classic());  // whatever the host speaks
+  Number value{};
+  if (!(from >> std::noskipws >> value) || !from.eof()) refuse(name, "'" + text + "'", expected);
+  return value;
+}
+
 int64_t Node::integer(const char* field, int64_t least, int64_t most) {
-  int64_t value = 0;
-  asked_.insert(field);
-  if (!api_.succeeds<KernelInfoGetAttributeInt64>(info_, field, &value)) refuse(field, "nothing", "an integer");
+  const auto value = parsed<int64_t>(field, "an integer");
   if (value < least || value > most) {
     refuse(field, std::to_string(value), std::to_string(least) + " .. " + std::to_string(most));
   }
@@ -99,23 +137,17 @@ int Node::size(const char* field, int least) {
 }
 
 float Node::number(const char* field) {
-  float value = 0;
-  asked_.insert(field);
-  if (!api_.succeeds<KernelInfoGetAttributeFloat>(info_, field, &value)) refuse(field, "nothing", "a number");
+  const auto value = static_cast<float>(parsed<double>(field, "a finite number"));
   if (!std::isfinite(value)) refuse(field, "no finite number", "a number");
   return value;
 }
 
-int Node::choice(const char* field, std::initializer_list<const char*> choices) {
-  char value[64] = "";
-  size_t bytes = sizeof value;
+int Node::choice(const char* name, std::initializer_list<const char*> choices) {
   std::string expected;
-  asked_.insert(field);
   for (const char* one : choices) expected += (expected.empty() ? "" : " | ") + std::string(one);
-  if (!api_.succeeds<KernelInfoGetAttributeString>(info_, field, value, &bytes)) refuse(field, "nothing", expected);
-  const auto found =
-      std::find_if(choices.begin(), choices.end(), [&](const char* one) { return std::string(one) == value; });
-  if (found == choices.end()) refuse(field, "'" + std::string(value) + "'", expected);
+  const std::string& value = field(name, expected);
+  const auto found = std::find(choices.begin(), choices.end(), value);
+  if (found == choices.end()) refuse(name, "'" + value + "'", expected);
   return static_cast<int>(found - choices.begin());
 }
 
@@ -133,19 +165,10 @@ size_t Node::take(const char* name, int type, const std::vector<int64_t>& shape)
   return index;
 }
 
-// `fields`: names with commas between them, of every field but itself.
 void Node::refuseOtherFields() const {
-  char value[1024] = "";
-  size_t bytes = sizeof value;
-  if (!api_.succeeds<KernelInfoGetAttributeString>(info_, "fields", value, &bytes)) {
-    refuse("fields", "nothing, or too many", "the names of the node's fields");
+  for (const auto& [name, value] : fields_) {
+    if (asked_.count(name) == 0) refuse(kFields, "'" + name + "'", "fields that this version of the library knows");
   }
-  std::set<std::string> left = asked_;
-  std::istringstream names(value);
-  for (std::string name; std::getline(names, name, ',');) {
-    if (left.erase(name) == 0) refuse("fields", "'" + name + "'", "fields that this version of the library knows");
-  }
-  if (!left.empty()) refuse("fields", "none of name '" + *left.begin() + "'", "the names of all fields");
 }
 
 void Node::finish(const std::vector<Tensor>& outputs) const {

@@ -3,6 +3,7 @@
 
 #include <cstdint>
 #include <initializer_list>
+#include <map>
 #include <set>
 #include <string>
 #include <vector>
@@ -26,7 +27,7 @@ class Node {
  public:
   Node(const Api& api, const OrtKernelInfo* info, const char* operator_name);
 
-  // Fields. Every one must be given, and `fields` must name all of them: ONNX Runtime lists them to nobody.
+  // Fields. Every one must be given, and none beside them.
   int64_t integer(const char* field, int64_t least, int64_t most);
   int size(const char* field, int least = 0);
   bool flag(const char* field) { return integer(field, 0, 1) == 1; }
@@ -50,14 +51,19 @@ class Node {
   void refuseIf(const char* problem) const;
 
  private:
-  const Api& api_;
-  const OrtKernelInfo* info_;
+  void readFields();
+  const std::string& field(const char* name, const std::string& expected);
+  template <typename Number>
+  Number parsed(const char* name, const std::string& expected);
   void refuseOtherFields() const;
 
+  const Api& api_;
+  const OrtKernelInfo* info_;
   std::string name_;
   std::vector<Tensor> inputs_, outputs_;
   size_t taken_ = 0;
-  std::set<std::string> asked_;  // fields
+  std::map<std::string, std::string> fields_;  // their values as text
+  std::set<std::string> asked_;                // of them
 };
 
 }  // namespace sinkexport::ort

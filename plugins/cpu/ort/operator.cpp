@@ -13,15 +13,21 @@ const Operator& of(const OrtCustomOp* op) {
 // A kernel with what it needs to run.
 struct Instance {
   Instance(std::unique_ptr<Kernel> made, const Api& used, Library& shared)
-      : kernel(std::move(made)), api(used), library(shared), reads(shared.reads.acquire()) {}
+      : kernel(std::move(made)), api(used), library(shared) {
+    library.helpers.start(1);
+    reads = library.reads.acquire();
+  }
   Instance(const Instance&) = delete;
   Instance& operator=(const Instance&) = delete;
-  ~Instance() { library.reads.release(reads); }
+  ~Instance() {
+    library.helpers.release();
+    library.reads.release(reads);
+  }
 
   std::unique_ptr<Kernel> kernel;
   const Api& api;
   Library& library;
-  cpu::Reads* reads;
+  cpu::Reads* reads = nullptr;
 };
 
 // Nodes run in the same order each time: this one follows the thread's last one.
@@ -29,7 +35,7 @@ void noteOrder(const Instance& instance) {
   thread_local cpu::Reads* last = nullptr;
   if (last != nullptr && last->next() != instance.reads) last->setNext(instance.reads);
   last = instance.reads;
-  instance.library.pool.expect(instance.reads->next());
+  instance.library.helpers.pool().expect(instance.reads->next());
 }
 
 OrtStatus* create(const OrtCustomOp* op, void* const*, const OrtKernelInfo* info, void** kernel) {
@@ -94,6 +100,17 @@ void ReadsPool::release(cpu::Reads* reads) {
   free_.push_back(reads);
 }
 
+void Threads::start(int64_t nodes) {
+  const std::lock_guard<std::mutex> lock(mutex_);
+  if (pool_ == nullptr) pool_ = std::make_unique<cpu::SpinPool>(count_);
+  nodes_ += nodes;
+}
+
+void Threads::release() {
+  const std::lock_guard<std::mutex> lock(mutex_);
+  if (--nodes_ == 0) pool_.reset();
+}
+
 Run::Run(const Api& api, OrtKernelContext* context, Library& library, cpu::Reads& reads)
     : api_(api), context_(context), library_(library), reads_(reads), scratch_(library.scratch.acquire()) {
   parallel_.run = runTasks;
@@ -103,7 +120,7 @@ Run::Run(const Api& api, OrtKernelContext* context, Library& library, cpu::Reads
 
 void Run::runTasks(void* pool, int64_t tasks, void (*task)(void*, int64_t), void* argument) {
   const Run& run = *static_cast<const Run*>(pool);
-  if (run.library_.pool.tryRun(tasks, task, argument)) return;
+  if (run.library_.helpers.pool().tryRun(tasks, task, argument)) return;
   Task wrapped{task, argument};
   run.api_.call<KernelContextParallelFor>(
       static_cast<const OrtKernelContext*>(run.context_),

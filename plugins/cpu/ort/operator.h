@@ -40,17 +40,36 @@ class ReadsPool {
   std::vector<cpu::Reads*> free_;
 };
 
+// Threads of the library's own: a step has over a hundred nodes of a few microseconds, and helpers ask for the next
+// node's weights while ONNX Runtime is between two. They end with the last node that may use them. A session that runs
+// at the same time as another one uses ONNX Runtime's.
+class Threads {
+ public:
+  explicit Threads(int count) : count_(count) {}
+
+  // Start them if they are not there, for so many nodes, or for those of a session that is being made: none yet. Throws
+  // std::runtime_error.
+  void start(int64_t nodes = 0);
+  // One node ends. From its `start` until then `pool` is there.
+  void release();
+  cpu::SpinPool& pool() const { return *pool_; }
+
+ private:
+  std::mutex mutex_;
+  int count_;
+  int64_t nodes_ = 0;
+  std::unique_ptr<cpu::SpinPool> pool_;
+};
+
 // What kernels share. threads: as many as ONNX Runtime's pool has.
 struct Library {
-  Library(cpu::Isa used, int count) : isa(used), threads(count), pool(count) {}
+  Library(cpu::Isa used, int count) : isa(used), threads(count), helpers(count) {}
 
   cpu::Isa isa;
   int threads;
   ScratchPool scratch;
   ReadsPool reads;
-  // A step has over a hundred nodes of a few microseconds: threads of the library's own, which ask for the next node's
-  // weights while ONNX Runtime is between two. A session that runs at the same time as another one uses ONNX Runtime's.
-  cpu::SpinPool pool;
+  Threads helpers;
 };
 
 // One run of a node.

@@ -50,8 +50,6 @@ using CastTypeInfoToTensorInfo = Entry<55, OrtStatus*(const OrtTypeInfo*, const 
 using GetTensorElementType = Entry<60, OrtStatus*(const OrtTensorInfo*, int*)>;
 using GetDimensionsCount = Entry<61, OrtStatus*(const OrtTensorInfo*, size_t*)>;
 using GetDimensions = Entry<62, OrtStatus*(const OrtTensorInfo*, int64_t*, size_t)>;
-using KernelInfoGetAttributeFloat = Entry<85, OrtStatus*(const OrtKernelInfo*, const char* name, float*)>;
-using KernelInfoGetAttributeInt64 = Entry<86, OrtStatus*(const OrtKernelInfo*, const char* name, int64_t*)>;
 using KernelInfoGetAttributeString =
     Entry<87, OrtStatus*(const OrtKernelInfo*, const char* name, char* out, size_t* bytes)>;
 using KernelContextGetInput = Entry<90, OrtStatus*(const OrtKernelContext*, size_t, const OrtValue**)>;

@@ -38,7 +38,8 @@ endif()
 
 # Builds engines where there is no Python; needs NvOnnxParser.h too.
 if(EXISTS ${SINKRT_TENSORRT_INCLUDE}/NvOnnxParser.h)
-  add_executable(sinkrt_build tools/build_engine.cpp tools/weak_types.cpp src/backends/tensorrt/library.cpp)
+  add_executable(sinkrt_build tools/build_engine.cpp tools/weak_types.cpp src/backends/shared_library.cpp
+                               src/backends/tensorrt/library.cpp)
   target_include_directories(sinkrt_build PRIVATE src)
   target_include_directories(sinkrt_build SYSTEM PRIVATE ${SINKRT_TENSORRT_INCLUDE})
   if(SINKRT_TENSORRT_RTX)

@@ -5,16 +5,19 @@ Twin of runtime/cpp/src/backends/cpu_library.cpp.
 
 from __future__ import annotations
 
-import ctypes
 import os
 from pathlib import Path
 from typing import NoReturn
 
+from sinkrt.backends.shared_library import open_library, text_of
 from sinkrt.contract import CPU_ABI
 from sinkrt.contract.constants import CPU_LIBRARY, CPU_LIBRARY_VARIABLE
 from sinkrt.errors import BackendError, printable, problem
 
 INSTALL = f"install sinkexport where there is a C++ compiler, set {CPU_LIBRARY_VARIABLE}, or export with --target onnx"
+
+OTHER_FUNCTIONS = ("sinkexport_cpu_isa", "RegisterCustomOps")
+"""Functions of a library beside those that say its version and whether it runs here."""
 
 
 def find_library() -> Path | None:
@@ -33,21 +36,20 @@ def checked_library(abi: str | None = CPU_ABI) -> Path:
     if path is None:
         _refuse("no library that has its operators", CPU_LIBRARY, INSTALL)
     try:
-        library = ctypes.CDLL(str(path.resolve()))
-        functions = library.sinkexport_cpu_abi, library.sinkexport_cpu_problem
+        library = open_library(path)
+        found, reason = (text_of(library, f"sinkexport_cpu_{name}") for name in ("abi", "problem"))
+        for name in OTHER_FUNCTIONS:
+            getattr(library, name)
     except (OSError, AttributeError) as error:
         _refuse(f"'{path}' ({' '.join(str(error).split())})", CPU_LIBRARY, INSTALL)
-    for function in functions:
-        function.restype = ctypes.c_char_p
-    found, reason = (function() for function in functions)
     if abi != CPU_ABI:
         _refuse(
             f"a bundle for its version {abi}", CPU_ABI, "export the model again, or install the bundle's sinkexport"
         )
-    if found.decode() != abi:
-        _refuse(f"version {found.decode()} at '{path}'", f"version {abi}", "build the library of this version")
+    if found != abi:
+        _refuse(f"version {found} at '{path}'", f"version {abi}", "build the library of this version")
     if reason is not None:
-        raise BackendError(printable(f"CPU library: {reason.decode()}; change it, or export with --target onnx"))
+        raise BackendError(printable(f"CPU library: {reason}; change it, or export with --target onnx"))
     return path
 
 
@@ -62,10 +64,7 @@ def is_usable() -> bool:
 
 def instruction_set(path: Path) -> str:
     """Name of the instruction set whose kernels are used, of a library that `checked_library` returned."""
-    function = ctypes.CDLL(str(path.resolve())).sinkexport_cpu_isa
-    function.restype = ctypes.c_char_p
-    name: bytes = function()
-    return name.decode()
+    return text_of(open_library(path), "sinkexport_cpu_isa") or "none"
 
 
 def _refuse(received: str, expected: str, fix: str) -> NoReturn:

@@ -216,10 +216,11 @@ def open_graph(
     plan_memory: from the second run on take all intermediate results from one piece. That saves microseconds a run,
     but the first run's memory is kept beside it. weights: those that graphs share; None: the graph has its own.
 
-    Raises: BundleError if ONNX Runtime refuses the graph; BackendError if it cannot load the first provider.
+    Raises: BundleError if ONNX Runtime refuses the graph; BackendError if it cannot load the first provider or use the
+    library, or cannot start threads.
     """
+    options = _session_options(threads, repack=repack, library=library)
     try:
-        options = _session_options(threads, repack=repack, library=library)
         options.enable_mem_pattern = plan_memory
         if weights is not None:
             weights.give(path.name, options)
@@ -265,8 +266,26 @@ def _session_options(threads: int | None, *, repack: bool, library: Path | None)
     if library is not None:
         # The library's own threads spin; ONNX Runtime's, which have little to do, must not do so on the same cores.
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-        options.register_custom_ops_library(str(library))
+        _register(library, options)
     return options
+
+
+def _register(library: Path, options: ort.SessionOptions) -> None:
+    """Give the operators of a library to a session that is made with `options`.
+
+    Raises: BackendError.
+    """
+    try:
+        options.register_custom_ops_library(str(library))
+    except Exception as error:
+        raise BackendError(
+            problem(
+                "CPU library",
+                received=f"'{library}' ({first_line(error)})",
+                expected="one that ONNX Runtime can use, and threads that start",
+                fix="ask for fewer threads, or build the library of this version",
+            )
+        ) from error
 
 
 def _compare(kind: str, found: list[ort.NodeArg], wanted: list[TensorSpec]) -> None:

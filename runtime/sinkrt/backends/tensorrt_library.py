@@ -7,6 +7,7 @@ import ctypes
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from sinkrt.backends.shared_library import open_library, text_of
 from sinkrt.contract import PLUGIN_ABI
 from sinkrt.contract.constants import TENSORRT, TENSORRT_RTX
 from sinkrt.engines import PLUGIN_FILE
@@ -34,8 +35,8 @@ def plugin_facts(plugin: Path, what: str = "--plugin") -> tuple[str, int]:
     """
     try:
         # For all to see: a plugin of TensorRT 8 finds the registry among the process's symbols.
-        library = ctypes.CDLL(str(plugin.resolve()), mode=ctypes.RTLD_GLOBAL)
-        abi, major = library.sinkexport_plugin_abi, library.sinkexport_plugin_tensorrt_major
+        library = open_library(plugin, ctypes.RTLD_GLOBAL)
+        abi, major = text_of(library, "sinkexport_plugin_abi"), library.sinkexport_plugin_tensorrt_major
     except (OSError, AttributeError) as error:
         raise UsageError(
             problem(
@@ -45,8 +46,7 @@ def plugin_facts(plugin: Path, what: str = "--plugin") -> tuple[str, int]:
                 fix="build it as plugins/README.md says",
             )
         ) from None
-    abi.restype = ctypes.c_char_p
-    return abi().decode(), int(major())
+    return str(abi), int(major())
 
 
 def load_plugin(trt: Any, registry: Any, plugin: Path, what: str = "--plugin") -> str:

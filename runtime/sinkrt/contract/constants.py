@@ -39,7 +39,7 @@ STATE_VERSION = "2"
 PLUGIN_ABI = "4"
 """Version of the TensorRT plugins' names, inputs, outputs and fields, as the graphs of this version have them."""
 
-CPU_ABI = "3"
+CPU_ABI = "4"
 """Version of the CPU library's operators and of its layout of weights, as the graphs of this version have them."""
 
 OPERATOR_DOMAIN = "ai.sinkexport"
@@ -50,6 +50,9 @@ CPU_LIBRARY = "libsinkexport_cpu.so"
 
 CPU_LIBRARY_VARIABLE = "SINKEXPORT_CPU_LIBRARY"
 """Environment variable with the path of another one."""
+
+CPU_ISA_VARIABLE = "SINKEXPORT_CPU_ISA"
+"""Environment variable with the name of the instruction set whose kernels it uses."""
 
 THREADS_OPTION = "sinkexport.threads"
 """Entry of a session's configuration by which the CPU library is given the number of threads."""

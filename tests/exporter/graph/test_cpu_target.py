@@ -8,6 +8,9 @@ import copy
 import json
 import platform
 import shutil
+import subprocess
+import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -325,6 +328,29 @@ def test_other_backends_do_not_run_it(bundle: Path) -> None:
         Session.load(bundle, backend="ort-cuda")
 
 
+def fields_of(node: onnx.NodeProto) -> onnx.AttributeProto:
+    """The attribute with all fields of a node."""
+    return next(attribute for attribute in node.attribute if attribute.name == "fields")
+
+
+def save_decode(model: onnx.ModelProto, folder: Path) -> None:
+    """Replace a bundle's decode graph, and its size in the manifest."""
+    onnx.save(model, folder / "decode.onnx")
+    raw = json.loads((folder / "manifest.json").read_text())
+    raw["files"]["decode.onnx"]["bytes"] = (folder / "decode.onnx").stat().st_size
+    (folder / "manifest.json").write_text(json.dumps(raw))
+
+
+def test_a_node_without_fields(bundle: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(bundle, tmp_path / "bundle")
+    model = onnx.load(folder / "decode.onnx", load_external_data=False)
+    node = next(node for node in model.graph.node if node.op_type == "FloatLinear")
+    node.attribute.remove(fields_of(node))
+    save_decode(model, folder)
+    with refused("a graph that ONNX Runtime refuses", "fields: received nothing", error=BundleError):
+        Session.load(folder, verify=False)
+
+
 @pytest.mark.parametrize(
     ("kind", "field", "value", "shown"),
     [
@@ -339,8 +365,12 @@ def test_other_backends_do_not_run_it(bundle: Path) -> None:
         ("FloatLinear", "num_tokens", 3, "num_tokens: received 3, expected a number that divides the 1 rows"),
         ("FloatLinear", "num_tokens", 1, "num_valid: received nothing"),
         ("FloatLinear", "repeats_last", 2, "repeats_last: received 2, expected 0 .. 1"),
-        ("FloatLinear", "fields", None, "fields: received nothing"),
-        ("FloatLinear", "fields", "gated", "fields: received none of name 'activation'"),
+        ("FloatLinear", "temper", 1, "fields: received 'temper', expected fields that this version of the library"),
+        ("FloatLinear", "in_features", "8x", "in_features: received '8x', expected an integer"),
+        ("FloatLinear", "in_features", "", "in_features: received '', expected an integer"),
+        ("FloatLinear", "in_features", "8,in_features=8", "fields: received 'in_features' twice"),
+        ("SinkAttention", "scale", "1e999", "scale: received"),
+        ("SinkAttention", "scale", "0,5", "fields: received '5'"),
         ("SinkAttention", "qk_norm_epsilon", -1.0, "qk_norm_epsilon: received -1, expected a finite number >= 0"),
         ("SinkAttention", "qk_norm", 1, "q_norm_weight: received nothing"),
         ("SinkAttention", "qk_norm", 3, "qk_norm: received 3, expected 0 .. 2"),
@@ -351,20 +381,17 @@ def test_other_backends_do_not_run_it(bundle: Path) -> None:
         ("SinkAttention", "num_sinks", 3, "received"),
         ("SinkAttention", "packed_width", 5, "received"),
         ("SinkAttention", "rotary_dim", 1 << 30, "received"),
-        ("SinkAttention", "scale", float("nan"), "scale: received no finite number"),
+        ("SinkAttention", "scale", float("nan"), "scale: received 'nan', expected a finite number"),
     ],
 )
 def test_fields_that_do_not_fit(
     kind: str, field: str, value: Any, shown: str, bundle: Path, cpu_library: Path, tmp_path: Path
 ) -> None:
     model = onnx.load(bundle / "decode.onnx", load_external_data=False)
-    for node in model.graph.node:
-        if node.op_type == kind:
-            kept = [attribute for attribute in node.attribute if attribute.name != field]
-            changed = [] if value is None else [onnx.helper.make_attribute(field, value)]
-            del node.attribute[:]
-            node.attribute.extend([*kept, *changed])
-            break
+    attribute = next(fields_of(node) for node in model.graph.node if node.op_type == kind)
+    pairs = dict(one.split("=") for one in attribute.s.decode().split(","))
+    pairs |= {field: value}
+    attribute.s = ",".join(f"{name}={text}" for name, text in pairs.items() if text is not None).encode()
     options = ort.SessionOptions()
     options.log_severity_level = 4
     options.register_custom_ops_library(str(cpu_library))
@@ -384,8 +411,8 @@ def test_a_field_of_a_later_version_is_noticed(bundle: Path, tmp_path: Path) -> 
     for node in model.graph.node:
         for attribute in node.attribute:
             if attribute.name == "fields":
-                attribute.s = attribute.s.replace(b"layout", b"temper")  # as long as before
-    onnx.save(model, folder / "decode.onnx")
+                attribute.s += b",temper=1"
+    save_decode(model, folder)
     with refused("fields: received 'temper', expected fields that this version of the library", error=BundleError):
         Session.load(folder, verify=False)
 
@@ -395,8 +422,71 @@ def test_a_graph_that_the_library_refuses_is_refused_in_one_line(bundle: Path, t
     model = onnx.load(folder / "decode.onnx", load_external_data=False)
     for node in model.graph.node:
         for attribute in node.attribute:
-            if attribute.name == "layout":
-                attribute.s = b"n64"
+            if attribute.name == "fields":
+                attribute.s = attribute.s.replace(b"layout=n16", b"layout=n64")
     onnx.save(model, folder / "decode.onnx")
     with refused("a graph that ONNX Runtime refuses", "layout: received 'n64'", error=BundleError):
         Session.load(folder, verify=False)
+
+
+def test_a_library_that_was_cut_short(
+    bundle: Path, cpu_library: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "cut.so").write_bytes(cpu_library.read_bytes()[:100_000])
+    monkeypatch.setenv(CPU_LIBRARY_VARIABLE, str(tmp_path / "cut.so"))
+    with refused("CPU library: received", "cut.so", "was cut short", error=BackendError):
+        Session.load(bundle)
+    run_cli("bench", bundle).refusal("CPU library: received", "was cut short")
+
+
+def test_threads_end_with_the_last_session(bundle: Path) -> None:
+    """A count of its own, which no other test's sessions share."""
+
+    def threads() -> int:
+        return len(list(Path("/proc/self/task").iterdir()))
+
+    before = threads()
+    first, second = (Session.load(bundle, threads=13) for _ in range(2))
+    assert threads() >= before + 12
+    first.close()
+    assert [second.step([i % 7]).shape for i in range(3)]
+    second.close()
+    deadline = time.monotonic() + 10
+    while threads() > before and time.monotonic() < deadline:
+        time.sleep(0.01)  # the kernel's list is behind
+    assert threads() <= before
+    with Session.load(bundle, threads=13) as again:
+        again.step([3])
+
+
+FEW_THREADS = """
+import os, resource, sys, time
+from sinkrt import Session
+from sinkrt.errors import BackendError
+Session.load(sys.argv[1], threads=1).close()
+before = len(os.listdir("/proc/self/task"))
+used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
+resource.setrlimit(resource.RLIMIT_AS, (used + (800 << 20),) * 2)
+for _ in range(2):
+    try:
+        Session.load(sys.argv[1], threads=1024)
+    except BackendError as error:
+        print(error)
+deadline = time.monotonic() + 10
+while len(os.listdir("/proc/self/task")) > before and time.monotonic() < deadline:
+    time.sleep(0.01)
+print(len(os.listdir("/proc/self/task")) - before)
+"""
+
+
+def test_threads_that_do_not_start(bundle: Path) -> None:
+    """In a process that has no memory for the stacks of all: those that had started end."""
+    command = [sys.executable, "-c", FEW_THREADS, str(bundle)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=120)
+    assert done.returncode == 0, done.stderr
+    *refusals, left = done.stdout.splitlines()
+    assert left == "0"
+    assert len(refusals) == 2
+    for line in refusals:
+        assert line.startswith("CPU library: received")
+        assert "expected 1024" in line and "ask for fewer threads" in line

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 from sinkexport.quant.stored import Indices, StoredMatrix
@@ -12,14 +14,23 @@ DEPTH, BLOCK = 64, 32
 
 
 def matrix(
-    seed: int, width: int = 8, *, symmetric: bool = True, bits: int = 4, block: int | None = BLOCK, order: bool = False
+    seed: int,
+    width: int = 8,
+    *,
+    symmetric: bool = True,
+    bits: int = 4,
+    block: int | None = BLOCK,
+    order: bool = False,
+    zero_rows: tuple[int, ...] = (),
+    name: str = "w",
 ) -> StoredMatrix:
-    """A random one."""
+    """A random one. zero_rows: outputs whose scales are 0."""
     random = np.random.default_rng(seed)
     half = 2 ** (bits - 1)
     codes = random.integers(0, 2 * half, (width, DEPTH))
     groups = DEPTH // (block or DEPTH)
     scales = random.uniform(-1, 1, (width, groups)).astype(np.float32)
+    scales[list(zero_rows)] = 0
     zeros = None if symmetric else random.integers(0, 2 * half, (width, groups)).astype(np.uint8)
     integers = (codes - half).astype(np.int8) if symmetric else codes.astype(np.uint8)
 
@@ -28,7 +39,7 @@ def matrix(
         return Rounded(integers[some], scales[some], None if zeros is None else zeros[some])
 
     places = random.permutation(DEPTH) if order else None
-    return StoredMatrix("w", (width, DEPTH), 8 if bits == 8 else 4, block, symmetric, read, "test", places)
+    return StoredMatrix(name, (width, DEPTH), 8 if bits == 8 else 4, block, symmetric, read, "test", places)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float16"])
@@ -86,3 +97,40 @@ def test_zeros_have_no_sign() -> None:
     first = matrix(0)
     rows = first.dequantized()
     assert RowIndex([first], "float32").find(np.where(rows == 0, np.float32(0), rows)) is not None
+
+
+@pytest.mark.parametrize("other", [{"bits": 8}, {"block": None}, {"order": True}, {}])
+def test_a_row_that_several_matrices_have(other: dict[str, Any]) -> None:
+    """It comes from the matrix of the other rows, whatever the form of the one that has it too."""
+    with_zeros = {"zero_rows": (3, 5)}
+    first = matrix(0, order=bool(other.get("order")), name="a", **with_zeros)
+    second = matrix(1, name="b", **{**other, **with_zeros})
+    for matrices in ([first, second], [second, first]):
+        index = RowIndex(matrices, "float32")
+        for one in matrices:
+            found = index.find(one.dequantized())
+            assert found is not None
+            assert found.matrices == (one,)
+
+
+def test_matrices_that_are_equal_are_each_found_once() -> None:
+    first, second = matrix(0, name="a"), matrix(0, name="b")
+    index, rows = RowIndex([first, second], "float32"), first.dequantized()
+    found = index.find(rows)
+    assert found is not None
+    other = index.find(rows, used={found.first.name})
+    assert other is not None
+    assert {found.first.name, other.first.name} == {"a", "b"}
+    assert len(other.matrices) == 1
+    assert index.find(rows, used={"a", "b"}) is not None
+
+
+def test_many_equal_rows() -> None:
+    """Padding of tables: as many candidates as matrices, not as rows."""
+    matrices = [matrix(seed, 64, zero_rows=tuple(range(32)), name=str(seed)) for seed in range(9)]
+    index = RowIndex(matrices, "float32")
+    for one in matrices:
+        found = index.find(one.dequantized())
+        assert found is not None
+        assert found.matrices == (one,)
+    assert index.find(matrices[0].dequantized()[:32]) is not None  # zeros alone

@@ -56,7 +56,11 @@ BAD_CHATS: dict[str, Any] = {
         {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}]},
     ],
     "max_tokens": [{"messages": MESSAGES, "max_tokens": value} for value in (0, -1, 1.5, "5", ENDLESS + 1, 10**400)],
-    "max_completion_tokens": [{"messages": MESSAGES, "max_completion_tokens": 0}],
+    "max_completion_tokens": [
+        {"messages": MESSAGES, "max_completion_tokens": 0},
+        {"messages": MESSAGES, "max_completion_tokens": 3, "max_tokens": 5},
+        {"messages": MESSAGES, "max_completion_tokens": 5, "max_tokens": 3},
+    ],
     "temperature": [
         {"messages": MESSAGES, "temperature": value} for value in (-0.1, 2.1, "1", [], True, 1e300, 10**400)
     ],

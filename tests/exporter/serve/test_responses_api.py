@@ -199,6 +199,7 @@ def test_conversations_go_on(served: Served) -> None:
         ("max_output_tokens", 0, "max_output_tokens: received 0, expected an integer >= 1"),
         ("conversation", {"id": "a/b"}, "conversation: received"),
         ("conversation", {}, "conversation: received null, expected a name"),
+        ("include", ["zz"], 'include.0: received "zz", expected'),
         ("prompt", {"id": "x"}, "prompt: received an object of 1, expected null"),
     ],
 )

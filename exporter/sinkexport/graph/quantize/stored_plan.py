@@ -77,6 +77,7 @@ class StoredPlan:
         self._parameters: dict[str, Any] = dict(model.named_parameters(remove_duplicate=False))
         self._moe_prefixes = tuple(f"{path}." for path in moe_layers(model))
         self._found: dict[str, StoredRows | None] = {}
+        self._used: set[str] = set()  # names of matrices that were found
         self.kept: dict[str, WeightScheme] = {}
         """How each tensor of the checkpoint is written that stays integers in a graph."""
 
@@ -125,7 +126,8 @@ class StoredPlan:
 
     def _rows(self, name: str, rows: npt.NDArray[Any]) -> StoredRows | None:
         if name not in self._found:
-            self._found[name] = self._index.find(rows)
+            found = self._found[name] = self._index.find(rows, self._used)
+            self._used |= {matrix.name for matrix in found.matrices} if found else set()
         return self._found[name]
 
     def _treatment(self, found: StoredRows, kinds: Sequence[Forms]) -> Treatment | None:

@@ -69,11 +69,12 @@ def awq_tensors(tensors: Mapping[str, FileTensor], facts: Mapping[str, Any]) -> 
     if settings.get("version") is None and settings.get("format") is None:
         raise unknown(WHERE, "no version", "gemm")
     groups, others = grouped(tensors, SUFFIXES, "qweight")
-    made = (_tensor(parts, settings["group_size"]) for parts in groups)
+    is_symmetric = settings.get("zero_point") is False or settings.get("sym") is True
+    made = (_tensor(parts, settings["group_size"], is_symmetric=is_symmetric) for parts in groups)
     return joined(others, made)
 
 
-def _tensor(parts: Parts, group_size: int) -> ComputedTensor:
+def _tensor(parts: Parts, group_size: int, *, is_symmetric: bool) -> ComputedTensor:
     words = parts.words("qweight", (None, None))
     depth, width = len(words), words.shape[1] * FIELDS
     block = depth if group_size == -1 else group_size
@@ -82,6 +83,10 @@ def _tensor(parts: Parts, group_size: int) -> ComputedTensor:
     scales = parts.scales("scales", (depth // block, width))
     zeros = _outputs(parts.words("qzeros", (depth // block, width // FIELDS)))
     symmetric = bool((zeros == HALF).all())
+    if is_symmetric and not symmetric:
+        raise refused(
+            f"'{parts.base}.qzeros' other than {HALF}, and a configuration without zero points", "one of them"
+        )
 
     def read(rows: Indices | None) -> Rounded:
         some = slice(None) if rows is None else rows

@@ -12,7 +12,7 @@ Source: compressed-tensors 0.20, compressed_tensors/compressors and quantization
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -32,6 +32,9 @@ PARTS = ("weight_packed", "weight_scale", "weight_zero_point", "weight_shape", "
 WORD_BITS = 32
 BY_GROUP = ("group", "dynamic")
 """Activation orders that scatter the inputs of a group; the others order them only while weights are rounded."""
+NO_GROUP = -1
+"""Group of every input, where a file keeps ``weight_g_idx`` without an order."""
+
 WHERE = "quantization_config of config.json"
 
 KNOWN: Known = {
@@ -115,7 +118,7 @@ def _scheme(group: object) -> dict[str, Any]:
     return {"num_bits": 8, "type": "int", "symmetric": True, "strategy": "tensor", **weights}
 
 
-def _packed_tensor(parts: Parts, schemes: Iterable[Mapping[str, Any]]) -> ComputedTensor:
+def _packed_tensor(parts: Parts, schemes: Sequence[Mapping[str, Any]]) -> ComputedTensor:
     words = parts.words("weight_packed", (None, None))
     width, depth = (int(n) for n in parts.array("weight_shape", "i", (2,)))
     if width != len(words) or depth < 1:
@@ -131,7 +134,8 @@ def _packed_tensor(parts: Parts, schemes: Iterable[Mapping[str, Any]]) -> Comput
     if not symmetric:
         fields = parts.words("weight_zero_point", (-(-width * bits // WORD_BITS), num_groups))
         zeros = np.ascontiguousarray(unpacked(np.ascontiguousarray(fields.T), bits, width).T)  # [N, G]
-    order = _order(parts, depth, block, num_groups)
+    is_by_group = any(scheme.get("actorder") in BY_GROUP for scheme in schemes)
+    order = _order(parts, depth, block, num_groups, is_by_group=is_by_group)
     offset = 2 ** (bits - 1)
 
     def read(rows: Indices | None) -> Rounded:
@@ -156,7 +160,7 @@ def _packed_tensor(parts: Parts, schemes: Iterable[Mapping[str, Any]]) -> Comput
     return stored(parts.by_suffix["weight_packed"].file, matrix)
 
 
-def _plain_tensor(parts: Parts, schemes: Iterable[Mapping[str, Any]]) -> ComputedTensor:
+def _plain_tensor(parts: Parts, schemes: Sequence[Mapping[str, Any]]) -> ComputedTensor:
     name = f"{parts.base}.weight"
     if "weight" not in parts.by_suffix:
         raise refused(f"'{name}_scale' without its weight", "every part of each weight")
@@ -166,7 +170,9 @@ def _plain_tensor(parts: Parts, schemes: Iterable[Mapping[str, Any]]) -> Compute
     if kind_of(tensor.array()) == "8":
         if "weight_zero_point" in parts.by_suffix:
             raise refused(f"'{name}' in FP8 with zero points", "none")
-        blocks = next((s["block_structure"] for s in schemes if s["strategy"] == "block"), None)
+        if not any((one["type"], one["num_bits"]) == ("float", 8) for one in schemes):
+            raise refused(f"'{name}' in FP8, which no group of quantization_config says", "one group that says so")
+        blocks = next((s.get("block_structure") for s in schemes if s["strategy"] == "block"), None)
         return scaled(tensor, parts.by_suffix["weight_scale"], blocks)
     integers = parts.array("weight", "i", (None, None))
     if integers.dtype != np.int8:
@@ -229,11 +235,13 @@ def _block(
     return int(fitting.pop())
 
 
-def _order(parts: Parts, depth: int, block: int, num_groups: int) -> Indices | None:
+def _order(parts: Parts, depth: int, block: int, num_groups: int, *, is_by_group: bool) -> Indices | None:
     """Inputs by their groups, which activation order (``actorder: group``) scatters; None: as they are."""
     if "weight_g_idx" not in parts.by_suffix:
         return None
     groups = np.asarray(parts.array("weight_g_idx", "i", (depth,)), np.int64)
+    if (groups == NO_GROUP).all() and not is_by_group:
+        return None
     order = np.argsort(groups, kind="stable")
     if groups.min() < 0 or groups.max() >= num_groups or (groups[order] != np.arange(depth) // block).any():
         raise refused(f"'{parts.base}.weight_g_idx' with groups of uneven sizes", f"{block} inputs in each")

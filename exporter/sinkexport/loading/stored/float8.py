@@ -8,6 +8,7 @@ Source: arXiv:2412.19437 (DeepSeek-V3); transformers, integrations/finegrained_f
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -51,8 +52,10 @@ def float8_tensors(tensors: Mapping[str, FileTensor], facts: Mapping[str, Any]) 
     return found
 
 
-def scaled(tensor: FileTensor, scale: FileTensor, blocks: Sequence[int] | None) -> ComputedTensor:
-    """A tensor of FP8 numbers [.., N, K] times its scales. blocks: rows and columns of a block; None: there are none.
+def scaled(tensor: FileTensor, scale: FileTensor, blocks: Sequence[int] | str | None) -> ComputedTensor:
+    """A tensor of FP8 numbers [.., N, K] times its scales.
+
+    blocks: rows and columns of a block, two numbers or ``128x128``; None: there are none.
 
     Raises: UsageError for scales of another shape, or that are not finite.
     """
@@ -65,7 +68,7 @@ def scaled(tensor: FileTensor, scale: FileTensor, blocks: Sequence[int] | None) 
     if len(tensor.shape) < 2:
         raise refused(f"'{tensor.name}' {list(tensor.shape)} of type {tensor.dtype}", "a matrix")
     *leading, width, depth = tensor.shape
-    if factors.size == 1:
+    if factors.size == 1 and (blocks is None or _is_one_block(tensor, blocks)):
         height, length, factors = width, depth, factors.reshape(1, 1)
     elif factors.shape in ((*leading, width), (*leading, width, 1)):
         height, length, factors = 1, depth, factors.reshape(-1, 1)
@@ -92,8 +95,17 @@ def scaled(tensor: FileTensor, scale: FileTensor, blocks: Sequence[int] | None) 
     return computed(tensor.name, tensor.file, tensor.shape, "FP8", read)
 
 
-def _block(tensor: FileTensor, blocks: Sequence[int] | None) -> tuple[int, int]:
-    sizes = list(blocks) if isinstance(blocks, Sequence) and not isinstance(blocks, str) else []
+def _is_one_block(tensor: FileTensor, blocks: Sequence[int] | str) -> bool:
+    """Whether a scale of a block is one of the whole tensor [.., N, K]."""
+    height, length = _block(tensor, blocks)
+    return tensor.shape[-2] <= height and tensor.shape[-1] <= length and math.prod(tensor.shape[:-2]) == 1
+
+
+def _block(tensor: FileTensor, blocks: Sequence[int] | str | None) -> tuple[int, int]:
+    if isinstance(blocks, str):  # as older files have it: 128x128
+        sizes: list[Any] = [int(size) if size.isdecimal() else size for size in blocks.split("x")]
+    else:
+        sizes = list(blocks) if isinstance(blocks, Sequence) else []
     if len(sizes) != 2 or not all(isinstance(size, int) and size > 0 for size in sizes):
         raise refused(f"'{tensor.name}' in blocks, and sizes {blocks!r:.40}", "rows and columns of a block")
     return int(sizes[0]), int(sizes[1])

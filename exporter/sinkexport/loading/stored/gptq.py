@@ -31,6 +31,12 @@ WORD_BITS = 32
 V1, V2 = "gptq", "gptq_v2"
 WHERE = "quantization_config of config.json"
 
+
+def _only_leaves_out(modules: object) -> bool:
+    """Whether GPTQModel's table of modules only names those that are not quantised, as their tensors show."""
+    return isinstance(modules, Mapping) and all(str(name).startswith("-:") for name in modules)
+
+
 KNOWN: Known = {
     "quant_method": ("gptq",),
     "method": ("gptq",),
@@ -41,7 +47,7 @@ KNOWN: Known = {
     "checkpoint_format": (None, V1, V2),
     "format": (None, V1, V2),
     "lm_head": (None, True, False),
-    "dynamic": nothing,  # other bits for some modules
+    "dynamic": lambda value: not value or _only_leaves_out(value),  # else other bits for some modules
     "pack_dtype": (None, "int32"),
     "planar": nothing,  # a layout of GPTQModel 7 of its own
     "is_marlin_format": nothing,
@@ -107,6 +113,8 @@ def _tensor(parts: Parts, settings: Mapping[str, Any], is_v1: bool, *, by_word: 
     zeros = _zero_points(fields, bits, width, parts, is_v1=is_v1, by_word=by_word)
     half = 2 ** (bits - 1)
     symmetric = bool((zeros == half).all())
+    if settings.get("sym") is True and not symmetric:
+        raise refused(f"'{parts.base}.qzeros' other than {half}, and sym true", "zero points as sym says")
     groups = np.arange(depth) // block
     if settings.get("desc_act") or "g_idx" in parts.by_suffix:  # without it the order of inputs would be lost
         groups = np.asarray(parts.array("g_idx", "i", (depth,)), np.int64)

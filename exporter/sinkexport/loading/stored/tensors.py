@@ -87,9 +87,11 @@ class Parts:
         Raises: UsageError if it is not there, or of another type or shape.
         """
         array = self.array(suffix, "i", shape)
+        tensor = self.by_suffix[suffix]
         if array.dtype.itemsize != WORD_BYTES:
-            tensor = self.by_suffix[suffix]
             raise refused(f"'{tensor.name}' of type {tensor.dtype}", "I32")
+        if not array.size:
+            raise refused(f"'{tensor.name}' {list(tensor.shape)}", "at least one word")
         return array
 
     def scales(self, suffix: str, shape: Sequence[int | None]) -> Callable[[], Floats]:

@@ -14,6 +14,7 @@ import numpy.typing as npt
 import onnx_ir as ir
 
 from sinkexport.loading.checkpoints.file_tensor import Floats, Indices
+from sinkexport.util.node_fields import read_fields
 
 TILE = 16
 PACKED = ".n16"
@@ -160,8 +161,8 @@ def _width_of_input(value: ir.Value) -> int | None:
 
 def _fields(value: ir.Value) -> dict[str, Any]:
     """Fields of the node that reads a packed weight, of a matmul first."""
-    nodes = sorted((use.node for use in value.uses()), key=lambda node: "in_features" not in node.attributes)
-    return {name: attribute.value for name, attribute in nodes[0].attributes.items()}
+    found = [read_fields(use.node) for use in value.uses()]
+    return next((fields for fields in found if "in_features" in fields), found[0])
 
 
 def _bits(value: ir.Value) -> int:

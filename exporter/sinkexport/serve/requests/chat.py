@@ -121,6 +121,15 @@ class ChatRequest(ChoicesRequest, FormFields):
         return self
 
     @model_validator(mode="after")
+    def _one_length(self) -> ChatRequest:
+        both = self.max_tokens, self.max_completion_tokens
+        if None not in both and both[0] != both[1]:
+            raise ValueError(
+                f"max_completion_tokens: received {both[1]}, and max_tokens {both[0]}, expected one of them"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _results_follow_calls(self) -> ChatRequest:
         called: set[str] = set()
         for message in self.messages:
@@ -144,7 +153,7 @@ class ChatRequest(ChoicesRequest, FormFields):
 
     @property
     def max_answer_tokens(self) -> int | None:
-        """Longest answer, tokens; the newer name goes first."""
+        """Longest answer, tokens."""
         return self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
 
     @property

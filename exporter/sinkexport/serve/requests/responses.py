@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal, get_args
 
 from pydantic import Field, field_validator, model_validator
 from sinkrt.grammar import Grammar
@@ -16,6 +16,20 @@ from sinkexport.serve.response_store import ResponseStore
 
 LOGPROBS = "message.output_text.logprobs"
 """The entry of `include` that asks for log probabilities."""
+
+Includable = Literal[
+    "message.output_text.logprobs",
+    "message.input_image.image_url",
+    "reasoning.encrypted_content",
+    "file_search_call.results",
+    "web_search_call.results",
+    "web_search_call.action.sources",
+    "code_interpreter_call.outputs",
+    "computer_call_output.output.image_url",
+]
+"""What OpenAI's clients may ask for beside an answer; there is none here of any but the first."""
+
+INCLUDABLE = get_args(Includable)
 
 
 class ContentPart(Fields):
@@ -129,7 +143,7 @@ class ResponsesRequest(Request):
     top_logprobs: int | None = Field(
         None, ge=0, le=MAX_TOP_LOGPROBS, description=f"an integer from 0 to {MAX_TOP_LOGPROBS}"
     )
-    include: list[str] = Field(default_factory=list, description="a list of texts")
+    include: list[Includable] = Field(default_factory=list, description=f"a list of {' | '.join(INCLUDABLE)}")
     text: TextOptions | None = Field(None, description="an object")
     reasoning: ReasoningOptions | None = Field(None, description="an object")
     tools: Annotated[list[FunctionTool], Field(fail_fast=True)] | None = Field(None, description=TOOLS)

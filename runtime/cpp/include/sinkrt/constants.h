@@ -18,7 +18,7 @@ constexpr const char* kPluginAbi = "4";
 // another one, and the entry of a session's configuration by which it is given the number of threads.
 constexpr const char* kVerifyRole = "verify";
 constexpr const char* kCpuTarget = "cpu";
-constexpr const char* kCpuAbi = "3";
+constexpr const char* kCpuAbi = "4";
 constexpr const char* kCpuLibrary = "libsinkexport_cpu.so";
 constexpr const char* kCpuLibraryVariable = "SINKEXPORT_CPU_LIBRARY";
 constexpr const char* kThreadsOption = "sinkexport.threads";

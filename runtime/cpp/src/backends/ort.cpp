@@ -62,8 +62,7 @@ class Graph {
       if (!library.empty()) {
         // The library's own threads spin; ONNX Runtime's, which have little to do, must not do so on the same cores.
         api.call<ort::AddSessionConfigEntry>(made, "session.intra_op.allow_spinning", "0");
-        void* handle = nullptr;  // of the library, which stays loaded
-        api.call<ort::RegisterCustomOpsLibrary>(made, library.c_str(), &handle);
+        registerOperators(library, made);
       }
       if (weights != nullptr) weights->give(graph.file, made);
       OrtSession* session = nullptr;
@@ -134,6 +133,18 @@ class Graph {
   }
 
  private:
+  // What fails here is no fault of the bundle.
+  void registerOperators(const std::string& library, OrtSessionOptions* options) const {
+    void* handle = nullptr;  // of the library, which stays loaded
+    try {
+      api_.call<ort::RegisterCustomOpsLibrary>(options, library.c_str(), &handle);
+    } catch (const OrtFailure& failure) {
+      throw Error(Code::kBackend, problem("CPU library", "'" + library + "' (" + failure.message + ")",
+                                          "one that ONNX Runtime can use, and threads that start",
+                                          "ask for fewer threads, or build the library of this version"));
+    }
+  }
+
   // The graph must have exactly the tensors that the manifest names.
   template <typename Count, typename Name, typename Type>
   void compare(const std::string& kind, const std::vector<TensorSpec>& wanted) const {

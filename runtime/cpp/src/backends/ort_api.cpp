@@ -8,6 +8,7 @@
 
 #include <dlfcn.h>
 
+#include "backends/shared_library.h"
 #include "sinkrt/error.h"
 
 namespace sinkrt {
@@ -63,9 +64,10 @@ OrtApi::OrtApi(const std::string& path) {
   void* library = nullptr;
   std::string reason;
   for (const std::string& name : names) {
-    library = ::dlopen(name.c_str(), RTLD_NOW | RTLD_LOCAL);
+    std::string why;
+    library = openLibrary(name, RTLD_NOW | RTLD_LOCAL, why);
     if (library != nullptr) break;
-    if (reason.empty()) reason = ::dlerror();
+    if (reason.empty()) reason = why;
   }
   const auto refuse = [](const std::string& received) {
     throw Error(Code::kBackend,

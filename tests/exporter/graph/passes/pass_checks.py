@@ -11,6 +11,7 @@ from onnx.reference import ReferenceEvaluator
 from onnx_ir.passes import common
 from sinkexport.graph.graph_pass import GraphPass
 from sinkexport.graph.operators import DOMAIN
+from sinkexport.util.node_fields import read_fields
 
 from tests.exporter.graph.cpu_evaluator import CPU_NODES
 from tests.exporter.graph.plugin_evaluator import (
@@ -72,7 +73,7 @@ def evaluated(model: ir.Model, inputs: dict[str, np.ndarray]) -> list[Any]:
     """What ONNX's reference evaluator computes, nodes of the plugins or of the CPU library in NumPy."""
     common.NameFixPass()(model)
     common.TopologicalSortPass()(model)
-    nodes = CPU_NODES if any("layout" in node.attributes for node in model.graph) else PLUGINS
+    nodes = CPU_NODES if any("layout" in read_fields(node) for node in model.graph) else PLUGINS
     return ReferenceEvaluator(ir.to_proto(model), new_ops=nodes).run(None, inputs)
 
 

@@ -6,6 +6,7 @@
 #include <cstdio>
 #include <cstdlib>
 
+#include "backends/shared_library.h"
 #include "sinkrt/error.h"
 #include "sinkrt/manifest.h"
 
@@ -80,12 +81,12 @@ TensorrtLibrary::TensorrtLibrary() {
   std::string tried;
   // For all to see: a plugin of TensorRT 8 looks for the registry among the process's symbols.
   if (const char* path = std::getenv("SINKRT_TENSORRT")) {
-    handle_ = dlopen(path, RTLD_NOW | RTLD_GLOBAL);
-    if (handle_ == nullptr) tried = loaderError();
+    handle_ = openLibrary(path, RTLD_NOW | RTLD_GLOBAL, tried);
   } else {
     for (const char* name : kLibraries) {
-      if (handle_ == nullptr) handle_ = dlopen(name, RTLD_NOW | RTLD_GLOBAL);
-      if (handle_ == nullptr) tried += (tried.empty() ? "" : " / ") + loaderError();
+      std::string why;
+      if (handle_ == nullptr) handle_ = openLibrary(name, RTLD_NOW | RTLD_GLOBAL, why);
+      if (handle_ == nullptr) tried += (tried.empty() ? "" : " / ") + why;
     }
   }
   if (handle_ == nullptr) {
@@ -132,13 +133,15 @@ std::string TensorrtLibrary::loadPlugin(const std::string& path, const std::stri
   constexpr const char* kName = "libsinkexport_plugin.so";
   const std::string file = !path.empty() ? path : access(fallback.c_str(), R_OK) == 0 ? fallback : kName;
   const std::string build = "build it as plugins/README.md says, and give its path";
-  void* plugin = dlopen(file.c_str(), RTLD_NOW | RTLD_GLOBAL);
-  if (plugin == nullptr) throw missing("plugin", loaderError(), std::string("a readable ") + kName, build);
+  std::string why;
+  void* plugin = openLibrary(file, RTLD_NOW | RTLD_GLOBAL, why);
+  if (plugin == nullptr) throw missing("plugin", why, std::string("a readable ") + kName, build);
   const auto abi_of = reinterpret_cast<const char* (*)()>(dlsym(plugin, "sinkexport_plugin_abi"));
   const auto major_of = reinterpret_cast<int (*)()>(dlsym(plugin, "sinkexport_plugin_tensorrt_major"));
   if (abi_of == nullptr || major_of == nullptr)
     throw missing("plugin", "'" + file + "', another library", kName, build);
-  const std::string abi = abi_of();
+  const char* found = abi_of();
+  const std::string abi = found == nullptr ? "none" : found;
   if (abi != kPluginAbi) throw missing("plugin", "ABI " + abi, std::string("ABI ") + kPluginAbi, build);
 #if defined(SINKRT_TENSORRT_8)
   const bool fits = major_of() < 10;
