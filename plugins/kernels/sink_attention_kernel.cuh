@@ -12,6 +12,7 @@
 //   sink_attention_step.cuh      a step's own token
 #pragma once
 
+#include "cluster.cuh"
 #include "sink_attention_sections.cuh"
 #include "sink_attention_softmax.cuh"
 #include "sink_attention_step.cuh"
@@ -33,65 +34,102 @@ class Attend {
       : args_(args), p_(args.p), at_(at), memory_(memory) {}
 
   __device__ void run() {
-    const Step<C> step{p_, at_, memory_};
-    if constexpr (!C::kPrefill) step.copy();
-    const Position<C> position(p_, at_.stream);
-    const Sections<C> sections(args_, at_, position);
-
-    int ahead = sections.next(sections.begin + at_.warp);  // next tile to load
-    int tiles[C::kStages];                                 // being loaded, oldest first
-#pragma unroll
-    for (int i = 0; i < C::kStages - 1; ++i) {
-      tiles[i] = ahead;
-      issue(sections, ahead, i);
-      if (ahead < sections.end) ahead = sections.next(ahead + C::kWarps);
-    }
-
-    int own_tile = -1;  // that holds the step's token
+    Sections<C> sections(args_, at_);
     if constexpr (C::kPrefill)
-      loadQueries();
+      runChunk(sections);
     else
-      own_tile = step.take(position, sections);
-    __syncthreads();
-
-    Rows<C> rows(p_, at_);
-    for (int stage = 0; tiles[0] < sections.end; stage = stage + 1 == C::kStages ? 0 : stage + 1) {
-      __syncwarp();  // nobody reads what the next copy replaces
-      tiles[C::kStages - 1] = ahead;
-      issue(sections, ahead, stage == 0 ? C::kStages - 1 : stage - 1);
-      if (ahead < sections.end) ahead = sections.next(ahead + C::kWarps);
-      waitForCopies<C::kStages - 1>();
-      __syncwarp();
-      if constexpr (C::kInt8) {
-        int row0;
-        if (sections.sectionOf(tiles[0], row0) == kWindow)
-          consume<true>(position, sections, own_tile, tiles[0], stage, rows);
-        else
-          consume<false>(position, sections, own_tile, tiles[0], stage, rows);
-      } else {
-        consume<false>(position, sections, own_tile, tiles[0], stage, rows);
-      }
-#pragma unroll
-      for (int i = 0; i < C::kStages - 1; ++i) tiles[i] = tiles[i + 1];
-    }
-
-    waitForCopies<0>();
-    __syncthreads();
-    rows.store(at_, memory_);
-    __syncthreads();
-    for (int r = at_.warp; r < C::kRows && at_.row_begin + r < at_.num_rows; r += C::kWarps) merge(r);
+      runStep(sections);
   }
 
  private:
+  // What the states held before is on its way before anything of this step is known.
+  __device__ void runStep(Sections<C>& sections) {
+    const Step<C> step{p_, at_, memory_};
+    prefetchTurns(p_, at_.stream);
+    prefetchLine(p_.position + 2 * at_.stream);
+    if (!p_.settled_states) waitForEarlierKernels();
+    issueFirst(sections);
+    if (threadIdx.x == 0 && args_.prefetched_rows > 0) {
+      sections.prefetch(sections.begin + (C::kStages - 1) * C::kWarps, args_.prefetched_rows);
+    }
+    if (p_.settled_states) waitForEarlierKernels();
+    allowNextKernel();
+    if (args_.is_cluster) arriveAtCluster();
+    step.copy();
+    const Position<C> position(p_, at_.stream);
+    sections.settleStep(position);
+    const int own_tile = step.take(position, sections);
+    __syncthreads();
+
+    Rows<C> rows(p_, at_);
+    int stage = 0;
+    for (int tile = sections.begin + at_.warp; tile < sections.end; tile += C::kWarps) {
+      __syncwarp();  // nobody reads what the next copy replaces
+      issue(sections, tile + (C::kStages - 1) * C::kWarps, stage == 0 ? C::kStages - 1 : stage - 1);
+      waitForCopies<C::kStages - 1>();
+      __syncwarp();
+      const TileAt at = sections.tileAt(tile);
+      const StepQueries<C> queries{(at.section == kSinks ? memory_.q_sink : memory_.q) + at_.g * C::kRowStride, at_.c};
+      consumeAny(position, sections, queries, at, at_.warp, stage, tile == own_tile, rows);
+      stage = stage + 1 == C::kStages ? 0 : stage + 1;
+    }
+    finish(rows);
+  }
+
+  // Warps with rows of their own read all tiles that the block copies; where several have the same rows, each reads its
+  // share of them.
+  __device__ void runChunk(Sections<C>& sections) {
+    waitForEarlierKernels();
+    allowNextKernel();
+    const Position<C> position(p_, at_.stream);
+    sections.settleChunk(args_, at_, position);
+    issueFirst(sections);
+
+    Rows<C> rows(p_, at_);
+    ChunkQueries<C> queries;
+    bool are_for_sinks = sections.tileAt(sections.begin).section == kSinks;
+    takeQueries(position, are_for_sinks, queries);
+    const bool shares_tiles = at_.parts < C::kWarps, has_rows = at_.row_begin + at_.warp_row < at_.num_rows;
+    const auto meet = [&] {
+      if (shares_tiles)
+        __syncthreads();
+      else
+        __syncwarp();
+    };
+    int stage = 0;
+    for (int first = sections.begin; first < sections.end; first += C::kWarps) {
+      meet();  // nobody reads what the next copies replace
+      issue(sections, first + (C::kStages - 1) * C::kWarps + at_.warp, stage == 0 ? C::kStages - 1 : stage - 1);
+      waitForCopies<C::kStages - 1>();
+      meet();
+      for (int warp = at_.part; has_rows && warp < C::kWarps && first + warp < sections.end; warp += at_.parts) {
+        const TileAt at = sections.tileAt(first + warp);
+        if (at.section == kChunk && at.row0 > rows.last_token) break;  // later than all of this warp's rows
+        if (are_for_sinks && at.section != kSinks) {
+          are_for_sinks = false;
+          takeQueries(position, false, queries);
+        }
+        consumeAny(position, sections, queries, at, warp, stage, false, rows);
+      }
+      stage = stage + 1 == C::kStages ? 0 : stage + 1;
+    }
+    finish(rows);
+  }
+
+  // Each warp's first tiles.
+  __device__ void issueFirst(const Sections<C>& sections) {
+#pragma unroll
+    for (int i = 0; i < C::kStages - 1; ++i) issue(sections, sections.begin + i * C::kWarps + at_.warp, i);
+  }
+
   // Starts the copy of a tile, if there is one; ends a group of copies in any case.
   __device__ void issue(const Sections<C>& sections, int tile, int stage) {
     if (tile < sections.end) {
-      int row0;
-      const Section section = sections.sectionOf(tile, row0);
+      const auto [section, row0] = sections.tileAt(tile);
       const Source source = sections.sourceOf(section);
-      uint4* target = memory_.stage(stage);
+      uint4* target = memory_.stage(at_.warp, stage);
       if constexpr (C::kInt8) {
-        uint4* scale_target = memory_.stageScales(stage);
+        uint4* scale_target = memory_.stageScales(at_.warp, stage);
         if (section == kWindow) {
           Tile<C, true>::load(source, row0, target, at_.lane);
           loadScales<C>(sections.window_scales, row0, scale_target, at_.lane);
@@ -106,44 +144,57 @@ class Attend {
     commitCopies();
   }
 
-  // A chunk's prepared queries to shared memory.
-  __device__ void loadQueries() {
-    for (int i = threadIdx.x; i < C::kRows * (C::kHeadDim / 8); i += C::kThreads) {
-      const int r = i / (C::kHeadDim / 8), piece = i % (C::kHeadDim / 8), row = at_.row_begin + r;
-      uint4 plain = make_uint4(0, 0, 0, 0), for_sinks = plain;
-      if (row < at_.num_rows) {
-        const size_t head = static_cast<size_t>(at_.stream) * p_.num_q_heads + at_.headOf(row);
-        const size_t at = (head * p_.num_tokens + at_.tokenOf(row)) * (C::kHeadDim / 8) + piece;
-        plain = static_cast<const uint4*>(args_.q)[at];
-        for_sinks = static_cast<const uint4*>(args_.q_sink)[at];
-      }
-      *reinterpret_cast<uint4*>(memory_.q + r * C::kRowStride + 8 * piece) = plain;
-      *reinterpret_cast<uint4*>(memory_.q_sink + r * C::kRowStride + 8 * piece) = for_sinks;
+  // A chunk's prepared queries, as the sinks meet them or as all others do.
+  __device__ void takeQueries(const Position<C>& position, bool for_sinks, ChunkQueries<C>& queries) const {
+    const Half* rows[C::kRowTiles];
+#pragma unroll
+    for (int r = 0; r < C::kRowTiles; ++r) {
+      const int row = min(at_.row_begin + at_.warp_row + 8 * r + at_.g, at_.num_rows - 1), token = at_.tokenOf(row);
+      const bool is_turned_back = for_sinks && position.ring.shift(position.t + token) > 0;
+      const size_t head = static_cast<size_t>(at_.stream) * p_.num_q_heads + at_.headOf(row);
+      rows[r] = static_cast<const Half*>(is_turned_back ? args_.q_sink : args_.q) +
+                (head * p_.num_tokens + token) * C::kHeadDim;
     }
+    queries.take(rows, at_.c);
   }
 
-  // Attends to one tile.
-  template <bool kInt8Tile>
-  __device__ void consume(const Position<C>& position, const Sections<C>& sections, int own_tile, int tile, int stage,
-                          Rows<C>& rows) {
+  template <typename Queries>
+  __device__ void consumeAny(const Position<C>& position, const Sections<C>& sections, const Queries& queries,
+                             TileAt at, int warp, int stage, bool is_own, Rows<C>& rows) {
+    if constexpr (C::kInt8) {
+      if (at.section == kWindow) {
+        consume<true>(position, sections, queries, at, warp, stage, is_own, rows);
+        return;
+      }
+    }
+    consume<false>(position, sections, queries, at, warp, stage, is_own, rows);
+  }
+
+  // Attends to a tile that `warp` copied. is_own: it holds the step's token.
+  template <bool kInt8Tile, typename Queries>
+  __device__ void consume(const Position<C>& position, const Sections<C>& sections, const Queries& queries, TileAt at,
+                          int warp, int stage, bool is_own, Rows<C>& rows) {
     using L = Tile<C, kInt8Tile>;
     const int lane = at_.lane, g = at_.g;
-    int row0;
-    const Section section = sections.sectionOf(tile, row0);
+    const auto [section, row0] = at;
     const int limit = sections.sourceOf(section).limit;
-    uint4* data = memory_.stage(stage);
+    uint4* data = memory_.stage(warp, stage);
     const bool has_scales = kInt8Tile || (C::kInt8 && C::kPrefill && section == kChunk);
-    __half* tile_scales = reinterpret_cast<__half*>(memory_.stageScales(stage)) +
+    __half* tile_scales = reinterpret_cast<__half*>(memory_.stageScales(warp, stage)) +
                           (kInt8Tile ? sections.window_scales : sections.chunk_scales).shift;
-    if (!C::kPrefill && tile == own_tile) {
-      const int own_key = sections.own_row - row0;
-      L::insert(memory_.new_k, memory_.new_v, own_key, data, lane);
-      if (kInt8Tile && lane < 2) tile_scales[lane * C::kValueScalesAt + own_key] = memory_.new_scales[lane];
+    if constexpr (!C::kPrefill) {
+      if (row0 + L::kKeys > limit) L::clearValues(max(limit - row0, 0), data, lane);
+      if (is_own) {
+        __syncwarp();
+        const int own_key = sections.own_row - row0;
+        L::insert(memory_.new_k, memory_.new_v, own_key, data, lane);
+        if (kInt8Tile && lane < 2) tile_scales[lane * C::kValueScalesAt + own_key] = memory_.new_scales[lane];
+      }
       __syncwarp();
     }
 
     typename L::Dots dots = {};
-    L::multiplyKeys(section == kSinks ? memory_.q_sink : memory_.q, data, lane, dots);
+    L::multiplyKeys(queries, data, lane, dots);
 
     float factor[L::kGroups], value_scale[L::kGroups];
 #pragma unroll
@@ -154,6 +205,7 @@ class Attend {
       value_scale[group] = __half2float(tile_scales[C::kValueScalesAt + L::keyRow(group, g)]);
     }
 
+    const bool is_plain = rows.isPlain(p_) && isSeenWhole(position, section, row0, L::kKeys, limit, rows);
     typename L::Weights weights;
 #pragma unroll
     for (int r = 0; r < C::kRowTiles; ++r) {
@@ -165,14 +217,16 @@ class Attend {
         const int age = position.newest_slot - row + (row > position.newest_slot ? p_.window_size : 0);
 #pragma unroll
         for (int j = 0; j < 2; ++j) {
-          const float scaled = dots[r][group / 2][2 * (group % 2) + j] * factor[group];
-          const float logit = logitOf(scaled, section, row, age, position, rows, r, j);
-          bool is_seen = row < limit;
-          if constexpr (C::kPrefill) {
-            if (section == kWindow) is_seen = is_seen && age + 1 + rows.token[r][j] < p_.window_size;
-            if (section == kChunk) is_seen = is_seen && row <= rows.token[r][j];
+          logits[group][j] = dots[r][group / 2][2 * (group % 2) + j] * factor[group];
+          if (!is_plain) {
+            const float logit = logitOf(logits[group][j], section, row, age, position, rows, r, j);
+            bool is_seen = row < limit;
+            if constexpr (C::kPrefill) {
+              if (section == kWindow) is_seen = is_seen && age + 1 + rows.token[r][j] < p_.window_size;
+              if (section == kChunk) is_seen = is_seen && row <= rows.token[r][j];
+            }
+            logits[group][j] = is_seen ? logit : -INFINITY;
           }
-          logits[group][j] = is_seen ? logit : -INFINITY;
           largest[j] = fmaxf(largest[j], logits[group][j]);
         }
       }
@@ -180,6 +234,18 @@ class Attend {
       rows.template weigh<kInt8Tile>(r, logits, has_scales, value_scale, weights[r]);
     }
     L::addValues(weights, data, lane, rows.out);
+  }
+
+  // Whether all of the warp's rows see all keys of a tile.
+  __device__ bool isSeenWhole(const Position<C>& position, Section section, int row0, int num_keys, int limit,
+                              const Rows<C>& rows) const {
+    const int last = row0 + num_keys - 1;
+    if (last >= limit) return false;
+    if (!C::kPrefill || section == kSinks) return true;
+    if (section == kChunk) return last <= rows.first_token;
+    if (row0 <= position.newest_slot && last > position.newest_slot) return false;  // the oldest is among them
+    const int oldest = position.newest_slot - row0 + (row0 > position.newest_slot ? p_.window_size : 0);
+    return oldest + 1 + rows.last_token < p_.window_size;
   }
 
   // Logit, in units of log2(e), of a scaled q . k.
@@ -200,60 +266,143 @@ class Attend {
     return logit;
   }
 
+  // The warps' sums to the output, or to where the splits meet.
+  __device__ void finish(Rows<C>& rows) {
+    waitForCopies<0>();
+    __syncthreads();
+    rows.store(at_, memory_);
+    __syncthreads();
+    if constexpr (!C::kPrefill) {
+      if (args_.is_cluster) {
+        mergeInCluster();
+        return;
+      }
+    }
+    for (int r = at_.warp; r < at_.rowsHere(); r += C::kWarps) merge(r);
+  }
+
+  // A row of the block: its sums of all parts, and each part's factor.
+  __device__ RowSums sumsOf(int r, float (&factor)[C::kWarps]) const {
+    RowSums all;
+#pragma unroll
+    for (int part = 0; part < C::kWarps; ++part) {
+      if (part < at_.parts) all.base = fmaxf(all.base, memory_.sums[part * at_.block_rows + r].x);
+    }
+#pragma unroll
+    for (int part = 0; part < C::kWarps; ++part) {
+      factor[part] = 0.0f;
+      if (part >= at_.parts) continue;
+      const float2 sum = memory_.sums[part * at_.block_rows + r];
+      factor[part] = sum.x == -INFINITY ? 0.0f : exp2Fast(sum.x - all.base);
+      all.sum += factor[part] * sum.y;
+    }
+    return all;
+  }
+
+  // The weighted sum of all parts' outputs: kCount dimensions from d on.
+  template <int kCount>
+  __device__ void sumOuts(int r, int d, const float (&factor)[C::kWarps], float (&sum)[kCount]) const {
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) sum[i] = 0.0f;
+#pragma unroll
+    for (int part = 0; part < C::kWarps; ++part) {
+      if (part >= at_.parts) continue;
+      const float* out = memory_.outs + (part * at_.block_rows + r) * C::kHeadDim + d;
+#pragma unroll
+      for (int i = 0; i < kCount; ++i) sum[i] += factor[part] * out[i];
+    }
+  }
+
+  // Of [B, Hq, T].
+  __device__ size_t outRow(int r) const {
+    const int row = at_.row_begin + r;
+    const size_t head = static_cast<size_t>(at_.stream) * p_.num_q_heads + at_.headOf(row);
+    return head * p_.num_tokens + at_.tokenOf(row);
+  }
+
   // One row's output, or its part of it, of all warps' sums. By a warp.
   __device__ void merge(int r) {
-    const float2* const sums = memory_.sums;
-    RowSums all;
     float factor[C::kWarps];
-#pragma unroll
-    for (int w = 0; w < C::kWarps; ++w) all.base = fmaxf(all.base, sums[w * C::kRows + r].x);
-#pragma unroll
-    for (int w = 0; w < C::kWarps; ++w) {
-      const float2 sum = sums[w * C::kRows + r];
-      factor[w] = sum.x == -INFINITY ? 0.0f : exp2Fast(sum.x - all.base);
-      all.sum += factor[w] * sum.y;
-    }
-    const int row = at_.row_begin + r, head = at_.headOf(row);
-    const size_t out_row = (static_cast<size_t>(at_.stream) * p_.num_q_heads + head) * p_.num_tokens + at_.tokenOf(row);
-    const float normal = args_.num_splits == 1 ? normaliser(all, p_.sink_logit, head) : 1.0f;
-    const size_t partial = out_row * args_.num_splits + blockIdx.y;
-    if (args_.num_splits > 1 && at_.lane == 0) args_.partial_sums[partial] = make_float2(all.base, all.sum);
-    for (int d = at_.lane; d < C::kHeadDim; d += 32) {
-      float x = 0.0f;
-#pragma unroll
-      for (int w = 0; w < C::kWarps; ++w) x += factor[w] * memory_.outs[(w * C::kRows + r) * C::kHeadDim + d];
-      if (args_.num_splits == 1)
-        storeOut<Half>(p_, out_row, d, x * normal);
+    const RowSums all = sumsOf(r, factor);
+    const size_t out_row = outRow(r), partial = out_row * args_.num_splits + blockIdx.y;
+    const bool is_whole = args_.num_splits == 1;
+    const float normal = is_whole ? normaliser(all, p_.sink_logit, at_.headOf(at_.row_begin + r)) : 1.0f;
+    if (!is_whole && at_.lane == 0) args_.partial_sums[partial] = make_float2(all.base, all.sum);
+    for (int d = 2 * at_.lane; d < C::kHeadDim; d += 64) {
+      float x[2];
+      sumOuts(r, d, factor, x);
+      if (is_whole)
+        storeOut<Half>(p_, out_row, d, make_float2(x[0] * normal, x[1] * normal));
       else
-        args_.partial_out[partial * C::kHeadDim + d] = x;
+        *reinterpret_cast<float2*>(args_.partial_out + partial * C::kHeadDim + d) = make_float2(x[0], x[1]);
+    }
+  }
+
+  // All rows' outputs of the sums of all blocks of the cluster: each block receives its share of them and adds it up.
+  __device__ void mergeInCluster() {
+    constexpr int kRowPieces = C::kHeadDim / 4;
+    const int num_blocks = args_.num_splits, rank = blockIdx.y, num_pieces = at_.rowsHere() * kRowPieces;
+    const int share = divideUp(num_pieces, num_blocks);
+    auto* const received = reinterpret_cast<float4*>(memory_.received);
+    waitForCluster();  // all blocks have started
+    for (int i = threadIdx.x; i < num_pieces; i += C::kThreads) {
+      const int r = i / kRowPieces, piece = i % kRowPieces, owner = i / share;
+      float factor[C::kWarps], x[4];
+      const RowSums all = sumsOf(r, factor);
+      sumOuts(r, 4 * piece, factor, x);
+      storeInBlock(received + rank * share + i % share, owner, make_float4(x[0], x[1], x[2], x[3]));
+      for (int block = piece; block < num_blocks; block += kRowPieces) {
+        storeInBlock(memory_.received_sums + rank * C::kWarpRows + r, block, make_float2(all.base, all.sum));
+      }
+    }
+    arriveAtCluster();
+    waitForCluster();
+    for (int i = threadIdx.x; i < 2 * share; i += C::kThreads) {
+      const int piece = rank * share + i / 2, r = piece / kRowPieces, d = 4 * (piece % kRowPieces) + 2 * (i % 2);
+      if (piece >= num_pieces) return;
+      RowSums all;
+      for (int block = 0; block < num_blocks; ++block) {
+        all.base = fmaxf(all.base, memory_.received_sums[block * C::kWarpRows + r].x);
+      }
+      float2 sum = make_float2(0.0f, 0.0f);
+#pragma unroll 4
+      for (int block = 0; block < num_blocks; ++block) {
+        const float2 sums = memory_.received_sums[block * C::kWarpRows + r];
+        const float2 x = *reinterpret_cast<const float2*>(memory_.received + 4 * block * share + 2 * i);
+        const float factor = sums.x == -INFINITY ? 0.0f : exp2Fast(sums.x - all.base);
+        all.sum += factor * sums.y;
+        sum.x += factor * x.x, sum.y += factor * x.y;
+      }
+      const float normal = normaliser(all, p_.sink_logit, at_.headOf(at_.row_begin + r));
+      storeOut<Half>(p_, outRow(r), d, make_float2(sum.x * normal, sum.y * normal));
     }
   }
 };
 
 template <typename C>
 __global__ void __launch_bounds__(C::kThreads, C::kBlocksOfSm) attend(const __grid_constant__ AttendArgs args) {
-  waitForEarlierKernels();
-  allowNextKernel();
   extern __shared__ uint4 shared[];
-  const Place<C> at(args.p);
-  const Shared<C> memory(shared, at.warp);
+  const Place<C> at(args);
+  const Shared<C> memory(shared);
   Attend<C>(args, at, memory).run();
 }
 
 // How a kernel of one head dimension is launched.
 struct AttendKernel {
   const void* function;
-  int num_rows;  // of a block
+  int warp_rows;  // of a block where all warps have the same
   int num_threads;
   int num_warps;
   int shared_bytes;
+  int cluster_bytes;  // more of them in a cluster
   int blocks_of_sm;  // at most
 };
 
 template <int kHeadDim, DType kDType, bool kInt8, int kRowTiles, bool kPrefill>
 AttendKernel attendKernel() {
   using C = Config<kHeadDim, kDType, kInt8, kRowTiles, kPrefill>;
-  return {reinterpret_cast<const void*>(&attend<C>), C::kRows, C::kThreads, C::kWarps, C::kSharedBytes, C::kBlocksOfSm};
+  return {reinterpret_cast<const void*>(&attend<C>), C::kWarpRows,     C::kThreads, C::kWarps, C::kSharedBytes,
+          C::kClusterBytes,                          C::kBlocksOfSm};
 }
 
 // A step's groups of up to 8 query heads make 8 rows, larger ones 16, as a chunk's do.

@@ -67,6 +67,11 @@ __device__ inline Turns makeTurns(const SinkAttentionParams& p, int stream, int 
   return turns;
 }
 
+// x cos + y sin, rounded alike everywhere: the states of steps and of chunks are the same to the bit.
+__device__ inline float turnedBy(float x, float y, float cosine, float sine) {
+  return __fmaf_rn(x, cosine, __fmul_rn(y, sine));
+}
+
 // Element d of a row after its first 2 * num_pairs dimensions were turned.
 template <typename Half>
 __device__ float turned(const Half* row, int d, const float* cos, const float* sin, int num_pairs, bool interleaved) {
@@ -75,7 +80,7 @@ __device__ float turned(const Half* row, int d, const float* cos, const float* s
   const bool is_first = interleaved ? d % 2 == 0 : d < num_pairs;
   const int pair = interleaved ? d / 2 : (is_first ? d : d - num_pairs);
   const float y = toFloat(row[interleaved ? d ^ 1 : (is_first ? d + num_pairs : d - num_pairs)]);
-  return is_first ? x * cos[pair] - y * sin[pair] : x * cos[pair] + y * sin[pair];
+  return turnedBy(x, y, cos[pair], is_first ? -sin[pair] : sin[pair]);
 }
 
 // Scale of an int8 row from the largest magnitude in it: float16(clamp(max|x| / 127, 2^-17, 65504)).
