@@ -20,6 +20,14 @@
 namespace sinkexport {
 namespace sink_attention {
 
+#if defined(SINKEXPORT_TRY) && defined(__CUDA_ARCH__)
+static __device__ long long tried_clocks[16 * 8];
+#define TRY_CLOCK(i) do { if (threadIdx.x == 0 && blockIdx.x == 0) tried_clocks[blockIdx.y * 8 + (i)] = clock64(); } while (0)
+#else
+static __device__ long long tried_clocks[16 * 8];
+#define TRY_CLOCK(i)
+#endif
+
 template <typename C>
 class Attend {
   using Half = typename C::Half;
@@ -45,21 +53,30 @@ class Attend {
   // What the states held before is on its way before anything of this step is known.
   __device__ void runStep(Sections<C>& sections) {
     const Step<C> step{p_, at_, memory_};
-    prefetchTurns(p_, at_.stream);
-    prefetchLine(p_.position + 2 * at_.stream);
-    if (!p_.settled_states) waitForEarlierKernels();
+    if (p_.settled_states)
+      allowNextKernel();
+    else
+      waitForEarlierKernels();
+    TRY_CLOCK(0);
     issueFirst(sections);
+    step.prefetch();
     if (threadIdx.x == 0 && args_.prefetched_rows > 0) {
       sections.prefetch(sections.begin + (C::kStages - 1) * C::kWarps, args_.prefetched_rows);
     }
-    if (p_.settled_states) waitForEarlierKernels();
-    allowNextKernel();
     if (args_.is_cluster) arriveAtCluster();
-    step.copy();
     const Position<C> position(p_, at_.stream);
     sections.settleStep(position);
-    const int own_tile = step.take(position, sections);
+    Turns turns = makeTurns(p_, position.t, memory_.turns);
+    TRY_CLOCK(1);
+    if (p_.settled_states)
+      waitForEarlierKernels();
+    else
+      allowNextKernel();
+    TRY_CLOCK(2);
+    takeShift(p_, at_.stream, 0, turns);
+    const int own_tile = step.take(position, sections, turns);
     __syncthreads();
+    TRY_CLOCK(3);
 
     Rows<C> rows(p_, at_);
     int stage = 0;
@@ -270,6 +287,7 @@ class Attend {
   __device__ void finish(Rows<C>& rows) {
     waitForCopies<0>();
     __syncthreads();
+    TRY_CLOCK(4);
     rows.store(at_, memory_);
     __syncthreads();
     if constexpr (!C::kPrefill) {
@@ -355,27 +373,34 @@ class Attend {
         storeInBlock(memory_.received_sums + rank * C::kWarpRows + r, block, make_float2(all.base, all.sum));
       }
     }
+    TRY_CLOCK(5);
     arriveAtCluster();
     waitForCluster();
+    TRY_CLOCK(6);
     for (int i = threadIdx.x; i < 2 * share; i += C::kThreads) {
       const int piece = rank * share + i / 2, r = piece / kRowPieces, d = 4 * (piece % kRowPieces) + 2 * (i % 2);
-      if (piece >= num_pieces) return;
+      if (piece >= num_pieces) break;
       RowSums all;
-      for (int block = 0; block < num_blocks; ++block) {
-        all.base = fmaxf(all.base, memory_.received_sums[block * C::kWarpRows + r].x);
+      float2 sums[C::kMostClusterBlocks];
+#pragma unroll
+      for (int block = 0; block < C::kMostClusterBlocks; ++block) {
+        sums[block] = make_float2(-INFINITY, 0.0f);
+        if (block < num_blocks) sums[block] = memory_.received_sums[block * C::kWarpRows + r];
+        all.base = fmaxf(all.base, sums[block].x);
       }
       float2 sum = make_float2(0.0f, 0.0f);
-#pragma unroll 4
-      for (int block = 0; block < num_blocks; ++block) {
-        const float2 sums = memory_.received_sums[block * C::kWarpRows + r];
+#pragma unroll
+      for (int block = 0; block < C::kMostClusterBlocks; ++block) {
+        if (block >= num_blocks) continue;
         const float2 x = *reinterpret_cast<const float2*>(memory_.received + 4 * block * share + 2 * i);
-        const float factor = sums.x == -INFINITY ? 0.0f : exp2Fast(sums.x - all.base);
-        all.sum += factor * sums.y;
+        const float factor = sums[block].x == -INFINITY ? 0.0f : exp2Fast(sums[block].x - all.base);
+        all.sum += factor * sums[block].y;
         sum.x += factor * x.x, sum.y += factor * x.y;
       }
       const float normal = normaliser(all, p_.sink_logit, at_.headOf(at_.row_begin + r));
       storeOut<Half>(p_, outRow(r), d, make_float2(sum.x * normal, sum.y * normal));
     }
+    TRY_CLOCK(7);
   }
 };
 

@@ -48,7 +48,11 @@ __device__ void turnedPiece(const Half* row, int piece, const float* cos, const 
   const bool is_split = !interleaved && first < 2 * num_pairs;
   if (is_split && num_pairs % 8 != 0) {
 #pragma unroll
-    for (int i = 0; i < 8; ++i) x[i] = turned(row, first + i, cos, sin, num_pairs, interleaved);
+    for (int i = 0; i < 8; ++i) {
+      const int d = first + i;
+      const float y = d < 2 * num_pairs ? toFloat(row[partnerOf(d, num_pairs, interleaved)]) : 0.0f;
+      x[i] = turnedFrom(toFloat(row[d]), y, d, cos, sin, num_pairs, interleaved);
+    }
     return;
   }
   const Piece<Half> own = pieceOf(row, piece);
@@ -113,7 +117,8 @@ __global__ void __launch_bounds__(kChunkThreads) prepareChunk(const __grid_const
   const int token = blockIdx.x, stream = blockIdx.y;
   if (p.num_valid != nullptr && token >= p.num_valid[stream]) return;
   const int64_t t = streamPosition(p.position, stream) + token;
-  const Turns turns = makeTurns(p, stream, token, t, turns_shared);
+  Turns turns = makeTurns(p, t, turns_shared);
+  takeShift(p, stream, token, turns);
   __syncthreads();
   const bool is_rounded = p.int8_window && t >= p.num_sinks;
   const bool turns_back = args.q_sink != nullptr && sinkrt::Ring{p.num_sinks, p.window_size}.shift(t) > 0;
