@@ -49,8 +49,8 @@ int sharedBytes(const SinkAttentionParams& p, const Shape& shape, Cut cut, const
 }
 
 // Blocks of a cluster, at most: 8 wherever there are clusters.
-int mostInCluster(const SinkAttentionParams& p, const Device& device) {
-  return CUDART_VERSION >= 12030 && device.overlaps && !isPrefill(p) ? 8 : 0;
+int mostInCluster(const Device& device) {
+  return CUDART_VERSION >= 12030 && device.overlaps ? 8 : 0;
 }
 
 template <typename Half>
@@ -64,24 +64,23 @@ cudaError_t launch(const SinkAttentionParams& p, void* workspace, cudaStream_t s
   const Shape shape(p);
   const AttendKernel& kernel = shape.kernel;
   const int num_sms = device.multiprocessors < kMostSms ? device.multiprocessors : kMostSms;
-  Cut cut = shape.cut(p, num_sms, memory_bytes_of_us, residentBlocks(kernel, device), mostInCluster(p, device));
+  Cut cut = shape.cut(p, num_sms, memory_bytes_of_us, residentBlocks(kernel, device), mostInCluster(device));
   int prefetched_rows = 0;
   int shared = sharedBytes(p, shape, cut, device);
 #ifdef SINKEXPORT_TRY
   const int most = shape.mostSplits(p, num_sms * residentBlocks(kernel, device));
   if (const char* s = getenv(isPrefill(p) ? "TRY_CHUNK_SPLITS" : "TRY_SPLITS")) cut.num_splits = atoi(s);
   if (const char* s = getenv("TRY_CLUSTER")) cut.is_cluster = atoi(s);
-  if (isPrefill(p) || cut.num_splits == 1) cut.is_cluster = false;
+  if (cut.num_splits == 1) cut.is_cluster = false;
+  if (cut.num_splits > 8) cut.is_cluster = false;
   if (!cut.is_cluster) cut.num_splits = std::min(cut.num_splits, most);
   if (cut.num_splits == 1) cut.is_cluster = false;
+  if (const char* s = getenv("TRY_CARVE"))
+    cudaFuncSetAttribute(kernel.function, cudaFuncAttributePreferredSharedMemoryCarveout, atoi(s));
   if (const char* s = getenv("TRY_PREFETCH")) prefetched_rows = atoi(s);
   shared = sharedBytes(p, shape, cut, device);
   if (const char* s = getenv("TRY_SHARED"))
     shared = std::max(atoi(s) * 1024, kernel.shared_bytes + (cut.is_cluster ? kernel.cluster_bytes : 0));
-  if (cut.num_splits > 8 && cut.is_cluster) {
-    error = cudaFuncSetAttribute(kernel.function, cudaFuncAttributeNonPortableClusterSizeAllowed, 1);
-    if (error != cudaSuccess) return error;
-  }
 #endif
   Workspace space(p, cut, workspace);
   AttendArgs& args = space.args;

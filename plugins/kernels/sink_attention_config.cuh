@@ -86,7 +86,7 @@ struct Config {
   static constexpr int kStageBytes = kWindowBytes > kOtherBytes ? kWindowBytes : kOtherBytes;
   static constexpr int kStages = kInt8 ? 2 : stagesOf(kWarps * kStageBytes);
   // As far as registers go.
-  static constexpr int kBlocksOfSm = kWarps == 8 || (kHeadDim > 128 && kRowTiles == 2) ? 2 : 3;
+  static constexpr int kBlocksOfSm = kWarps == 8 || kPrefill || (kHeadDim > 128 && kRowTiles == 2) ? 2 : 3;
   static constexpr int kScalePieces = kWindowKeys / 8 + 1;  // of 8 float16; a tile may begin in the middle of one
   static constexpr int kStageScales = 2 * kScalePieces;     // pieces of a stage: keys' scales, then values'
   static constexpr int kValueScalesAt = 8 * kScalePieces;   // float16 before those of values
@@ -107,9 +107,10 @@ struct Config {
   static_assert(kSharedBytes <= 96 * 1024, "more than a block of compute capability 7.2 can have; 8.6, 8.9, 12.0: 99");
 
   // Behind all that, in a cluster: a block's share of what all blocks summed | their sums.
-  static constexpr int kMostClusterBlocks = 16;
-  static constexpr int kReceivedBytes = (kWarpRows * kHeadDim + 4 * kMostClusterBlocks) * 4;
-  static constexpr int kClusterBytes = kReceivedBytes + kMostClusterBlocks * kWarpRows * 8;
+  static constexpr int kMostClusterBlocks = 8;
+  static constexpr int kMostRows = kPrefill ? kWarps * kWarpRows : kWarpRows;  // of a block
+  static constexpr int kReceivedBytes = (kMostRows * kHeadDim + 4 * kMostClusterBlocks) * 4;
+  static constexpr int kClusterBytes = kReceivedBytes + kMostClusterBlocks * kMostRows * 8;
 
   // Which piece of 8 dimensions is the i-th of lane c of a quad (keys) or of lane g of eight (values). Piece 2i and
   // 2i+1 are neighbours in int8 kernels, whose 16 bytes are 16 dimensions.

@@ -20,6 +20,12 @@
 namespace sinkexport {
 namespace sink_attention {
 
+// A tile in a stage that a warp copied.
+struct Staged {
+  TileAt tile;
+  int warp, stage;
+};
+
 #if defined(SINKEXPORT_TRY) && defined(__CUDA_ARCH__)
 static __device__ long long tried_clocks[16 * 8];
 #define TRY_CLOCK(i) do { if (threadIdx.x == 0 && blockIdx.x == 0) tried_clocks[blockIdx.y * 8 + (i)] = clock64(); } while (0)
@@ -53,10 +59,7 @@ class Attend {
   // What the states held before is on its way before anything of this step is known.
   __device__ void runStep(Sections<C>& sections) {
     const Step<C> step{p_, at_, memory_};
-    if (p_.settled_states)
-      allowNextKernel();
-    else
-      waitForEarlierKernels();
+    if (!p_.settled_states) waitForEarlierKernels();
     TRY_CLOCK(0);
     issueFirst(sections);
     step.prefetch();
@@ -68,10 +71,8 @@ class Attend {
     sections.settleStep(position);
     Turns turns = makeTurns(p_, position.t, memory_.turns);
     TRY_CLOCK(1);
-    if (p_.settled_states)
-      waitForEarlierKernels();
-    else
-      allowNextKernel();
+    if (p_.settled_states) waitForEarlierKernels();
+    allowNextKernel();  // not before: the next one's blocks would crowd where there is room now
     TRY_CLOCK(2);
     takeShift(p_, at_.stream, 0, turns);
     const int own_tile = step.take(position, sections, turns);
@@ -87,7 +88,7 @@ class Attend {
       __syncwarp();
       const TileAt at = sections.tileAt(tile);
       const StepQueries<C> queries{(at.section == kSinks ? memory_.q_sink : memory_.q) + at_.g * C::kRowStride, at_.c};
-      consumeAny(position, sections, queries, at, at_.warp, stage, tile == own_tile, rows);
+      consume(position, sections, queries, {{at, at_.warp, stage}}, tile == own_tile, rows);
       stage = stage + 1 == C::kStages ? 0 : stage + 1;
     }
     finish(rows);
@@ -98,6 +99,7 @@ class Attend {
   __device__ void runChunk(Sections<C>& sections) {
     waitForEarlierKernels();
     allowNextKernel();
+    if (args_.is_cluster) arriveAtCluster();
     const Position<C> position(p_, at_.stream);
     sections.settleChunk(args_, at_, position);
     issueFirst(sections);
@@ -119,14 +121,24 @@ class Attend {
       issue(sections, first + (C::kStages - 1) * C::kWarps + at_.warp, stage == 0 ? C::kStages - 1 : stage - 1);
       waitForCopies<C::kStages - 1>();
       meet();
-      for (int warp = at_.part; has_rows && warp < C::kWarps && first + warp < sections.end; warp += at_.parts) {
-        const TileAt at = sections.tileAt(first + warp);
-        if (at.section == kChunk && at.row0 > rows.last_token) break;  // later than all of this warp's rows
-        if (are_for_sinks && at.section != kSinks) {
+      for (int warp = at_.part; has_rows && warp < C::kWarps && first + warp < sections.end;) {
+        const TileAt tile = sections.tileAt(first + warp);
+        if (tile.section == kChunk && tile.row0 > rows.last_token) break;  // later than all of this warp's rows
+        if (are_for_sinks && tile.section != kSinks) {
           are_for_sinks = false;
           takeQueries(position, false, queries);
         }
-        consumeAny(position, sections, queries, at, warp, stage, false, rows);
+        // Two at a time, so that there is more to do beside each other.
+        const int next = warp + at_.parts;
+        const bool has_next = next < C::kWarps && first + next < sections.end;
+        const TileAt next_tile = has_next ? sections.tileAt(first + next) : tile;
+        if (has_next && next_tile.section == tile.section) {
+          consume(position, sections, queries, {{tile, warp, stage}, {next_tile, next, stage}}, false, rows);
+          warp = next + at_.parts;
+        } else {
+          consume(position, sections, queries, {{tile, warp, stage}}, false, rows);
+          warp = next;
+        }
       }
       stage = stage + 1 == C::kStages ? 0 : stage + 1;
     }
@@ -175,82 +187,110 @@ class Attend {
     queries.take(rows, at_.c);
   }
 
-  template <typename Queries>
-  __device__ void consumeAny(const Position<C>& position, const Sections<C>& sections, const Queries& queries,
-                             TileAt at, int warp, int stage, bool is_own, Rows<C>& rows) {
+  // Attends to kCount tiles of one section in the stages `at` says. is_own: the one tile holds the step's token.
+  template <int kCount, typename Queries>
+  __device__ void consume(const Position<C>& position, const Sections<C>& sections, const Queries& queries,
+                          const Staged (&at)[kCount], bool is_own, Rows<C>& rows) {
     if constexpr (C::kInt8) {
-      if (at.section == kWindow) {
-        consume<true>(position, sections, queries, at, warp, stage, is_own, rows);
+      if (at[0].tile.section == kWindow) {
+        consumeTiles<true>(position, sections, queries, at, is_own, rows);
         return;
       }
     }
-    consume<false>(position, sections, queries, at, warp, stage, is_own, rows);
+    consumeTiles<false>(position, sections, queries, at, is_own, rows);
   }
 
-  // Attends to a tile that `warp` copied. is_own: it holds the step's token.
-  template <bool kInt8Tile, typename Queries>
-  __device__ void consume(const Position<C>& position, const Sections<C>& sections, const Queries& queries, TileAt at,
-                          int warp, int stage, bool is_own, Rows<C>& rows) {
+  template <bool kInt8Tile, int kCount, typename Queries>
+  __device__ void consumeTiles(const Position<C>& position, const Sections<C>& sections, const Queries& queries,
+                               const Staged (&at)[kCount], bool is_own, Rows<C>& rows) {
     using L = Tile<C, kInt8Tile>;
+    constexpr int kGroups = kCount * L::kGroups;
     const int lane = at_.lane, g = at_.g;
-    const auto [section, row0] = at;
+    const Section section = at[0].tile.section;
     const int limit = sections.sourceOf(section).limit;
-    uint4* data = memory_.stage(warp, stage);
     const bool has_scales = kInt8Tile || (C::kInt8 && C::kPrefill && section == kChunk);
-    __half* tile_scales = reinterpret_cast<__half*>(memory_.stageScales(warp, stage)) +
-                          (kInt8Tile ? sections.window_scales : sections.chunk_scales).shift;
-    if constexpr (!C::kPrefill) {
-      if (row0 + L::kKeys > limit) L::clearValues(max(limit - row0, 0), data, lane);
-      if (is_own) {
-        __syncwarp();
-        const int own_key = sections.own_row - row0;
-        L::insert(memory_.new_k, memory_.new_v, own_key, data, lane);
-        if (kInt8Tile && lane < 2) tile_scales[lane * C::kValueScalesAt + own_key] = memory_.new_scales[lane];
-      }
-      __syncwarp();
-    }
+    const int scale_shift = (kInt8Tile ? sections.window_scales : sections.chunk_scales).shift;
+    if constexpr (!C::kPrefill) takeOwn<kInt8Tile>(sections, at[0], limit, is_own);
 
-    typename L::Dots dots = {};
-    L::multiplyKeys(queries, data, lane, dots);
-
-    float factor[L::kGroups], value_scale[L::kGroups];
+    typename L::Dots dots[kCount] = {};
+    float factor[kGroups], value_scale[kGroups];
+    bool is_plain = rows.isPlain(p_);
 #pragma unroll
-    for (int group = 0; group < L::kGroups; ++group) {
-      factor[group] = rows.logit_scale;
-      if (!has_scales) continue;
-      factor[group] *= __half2float(tile_scales[L::keyRow(group, g)]);
-      value_scale[group] = __half2float(tile_scales[C::kValueScalesAt + L::keyRow(group, g)]);
+    for (int n = 0; n < kCount; ++n) {
+      L::multiplyKeys(queries, memory_.stage(at[n].warp, at[n].stage), lane, dots[n]);
+      const __half* scales = reinterpret_cast<__half*>(memory_.stageScales(at[n].warp, at[n].stage)) + scale_shift;
+#pragma unroll
+      for (int i = 0; i < L::kGroups; ++i) {
+        factor[n * L::kGroups + i] = rows.logit_scale;
+        if (!has_scales) continue;
+        factor[n * L::kGroups + i] *= __half2float(scales[L::keyRow(i, g)]);
+        value_scale[n * L::kGroups + i] = __half2float(scales[C::kValueScalesAt + L::keyRow(i, g)]);
+      }
+      is_plain = is_plain && isSeenWhole(position, section, at[n].tile.row0, L::kKeys, limit, rows);
     }
 
-    const bool is_plain = rows.isPlain(p_) && isSeenWhole(position, section, row0, L::kKeys, limit, rows);
-    typename L::Weights weights;
+    uint32_t weights[C::kRowTiles][kGroups];
 #pragma unroll
     for (int r = 0; r < C::kRowTiles; ++r) {
-      float logits[L::kGroups][2], largest[2] = {-INFINITY, -INFINITY};
+      float logits[kGroups][2], largest[2] = {-INFINITY, -INFINITY};
 #pragma unroll
-      for (int group = 0; group < L::kGroups; ++group) {
-        const int row = row0 + L::keyRow(group, g);
-        // Steps since the slot was written, as the newest token in the ring sees it.
-        const int age = position.newest_slot - row + (row > position.newest_slot ? p_.window_size : 0);
+      for (int group = 0; group < kGroups; ++group) {
+        const int n = group / L::kGroups, own = group % L::kGroups;
 #pragma unroll
-        for (int j = 0; j < 2; ++j) {
-          logits[group][j] = dots[r][group / 2][2 * (group % 2) + j] * factor[group];
-          if (!is_plain) {
-            const float logit = logitOf(logits[group][j], section, row, age, position, rows, r, j);
-            bool is_seen = row < limit;
-            if constexpr (C::kPrefill) {
-              if (section == kWindow) is_seen = is_seen && age + 1 + rows.token[r][j] < p_.window_size;
-              if (section == kChunk) is_seen = is_seen && row <= rows.token[r][j];
-            }
-            logits[group][j] = is_seen ? logit : -INFINITY;
+        for (int j = 0; j < 2; ++j) logits[group][j] = dots[n][r][own / 2][2 * (own % 2) + j] * factor[group];
+      }
+      if (!is_plain) {  // asked once: most tiles are
+#pragma unroll
+        for (int group = 0; group < kGroups; ++group) {
+          const int row = at[group / L::kGroups].tile.row0 + L::keyRow(group % L::kGroups, g);
+#pragma unroll
+          for (int j = 0; j < 2; ++j) {
+            logits[group][j] = seenLogit(logits[group][j], section, row, limit, position, rows, r, j);
           }
-          largest[j] = fmaxf(largest[j], logits[group][j]);
         }
+      }
+#pragma unroll
+      for (int group = 0; group < kGroups; ++group) {
+#pragma unroll
+        for (int j = 0; j < 2; ++j) largest[j] = fmaxf(largest[j], logits[group][j]);
       }
       rows.raiseBase(r, largest);
       rows.template weigh<kInt8Tile>(r, logits, has_scales, value_scale, weights[r]);
     }
-    L::addValues(weights, data, lane, rows.out);
+#pragma unroll
+    for (int n = 0; n < kCount; ++n) {
+      L::addValues(weights, n * L::kGroups, memory_.stage(at[n].warp, at[n].stage), lane, rows.out);
+    }
+  }
+
+  // A step's tile as it will be once its token is stored: no values that are not there, and its own row, if it is here.
+  template <bool kInt8Tile>
+  __device__ void takeOwn(const Sections<C>& sections, const Staged& at, int limit, bool is_own) const {
+    using L = Tile<C, kInt8Tile>;
+    uint4* data = memory_.stage(at.warp, at.stage);
+    if (at.tile.row0 + L::kKeys > limit) L::clearValues(max(limit - at.tile.row0, 0), data, at_.lane);
+    if (is_own) {
+      __syncwarp();
+      const int own_key = sections.own_row - at.tile.row0;
+      L::insert(memory_.new_k, memory_.new_v, own_key, data, at_.lane);
+      auto* scales = reinterpret_cast<__half*>(memory_.stageScales(at.warp, at.stage)) + sections.window_scales.shift;
+      if (kInt8Tile && at_.lane < 2) scales[at_.lane * C::kValueScalesAt + own_key] = memory_.new_scales[at_.lane];
+    }
+    __syncwarp();
+  }
+
+  // Logit of a scaled q . k, or none if the row is not there for this query.
+  __device__ float seenLogit(float scaled, Section section, int row, int limit, const Position<C>& position,
+                             const Rows<C>& rows, int r, int j) const {
+    // Steps since the slot was written, as the newest token in the ring sees it.
+    const int age = position.newest_slot - row + (row > position.newest_slot ? p_.window_size : 0);
+    const float logit = logitOf(scaled, section, row, age, position, rows, r, j);
+    bool is_seen = row < limit;
+    if constexpr (C::kPrefill) {
+      if (section == kWindow) is_seen = is_seen && age + 1 + rows.token[r][j] < p_.window_size;
+      if (section == kChunk) is_seen = is_seen && row <= rows.token[r][j];
+    }
+    return is_seen ? logit : -INFINITY;
   }
 
   // Whether all of the warp's rows see all keys of a tile.
@@ -290,11 +330,9 @@ class Attend {
     TRY_CLOCK(4);
     rows.store(at_, memory_);
     __syncthreads();
-    if constexpr (!C::kPrefill) {
-      if (args_.is_cluster) {
-        mergeInCluster();
-        return;
-      }
+    if (args_.is_cluster) {
+      mergeInCluster();
+      return;
     }
     for (int r = at_.warp; r < at_.rowsHere(); r += C::kWarps) merge(r);
   }
@@ -370,7 +408,7 @@ class Attend {
       sumOuts(r, 4 * piece, factor, x);
       storeInBlock(received + rank * share + i % share, owner, make_float4(x[0], x[1], x[2], x[3]));
       for (int block = piece; block < num_blocks; block += kRowPieces) {
-        storeInBlock(memory_.received_sums + rank * C::kWarpRows + r, block, make_float2(all.base, all.sum));
+        storeInBlock(memory_.received_sums + rank * C::kMostRows + r, block, make_float2(all.base, all.sum));
       }
     }
     TRY_CLOCK(5);
@@ -385,7 +423,7 @@ class Attend {
 #pragma unroll
       for (int block = 0; block < C::kMostClusterBlocks; ++block) {
         sums[block] = make_float2(-INFINITY, 0.0f);
-        if (block < num_blocks) sums[block] = memory_.received_sums[block * C::kWarpRows + r];
+        if (block < num_blocks) sums[block] = memory_.received_sums[block * C::kMostRows + r];
         all.base = fmaxf(all.base, sums[block].x);
       }
       float2 sum = make_float2(0.0f, 0.0f);

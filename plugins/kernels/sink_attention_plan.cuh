@@ -83,7 +83,7 @@ struct Shape {
           int most_in_cluster) const {
     const double bytes = (p.int8_window ? 0.5 : 1.0) * p.head_dim / 128 * window_keys / 16;  // of a tile, 8 KiB
     const double tile = bytes * 8192 * num_sms / memory_bytes_of_us;
-    const double tile_in_a_row = isPrefill(p) ? 0.5 * p.head_dim / 128 : (0.56 + 0.44 * bytes) * kernel.warp_rows / 8;
+    const double tile_in_a_row = isPrefill(p) ? 0.4 * p.head_dim / 128 : (0.56 + 0.44 * bytes) * kernel.warp_rows / 8;
     const int parts = kernel.num_warps / row_warps;
     constexpr double kRound = 0.5, kMerge = 2.5, kMergeOfSplit = 0.1, kCluster = 0.6, kClusterOfSplit = 0.02;
     const double partial_bytes = 8.0 * p.batch * p.num_q_heads * p.num_tokens * p.head_dim;  // written and read
@@ -97,7 +97,9 @@ struct Shape {
       const double at_once = tile * tiles * row_blocks / num_sms * places / blocks;
       const double in_a_row = tile_in_a_row * rounds * divideUp(divideUp(tiles, n), parts);
       const double longer = at_once > in_a_row ? at_once : in_a_row;
-      const bool is_cluster = n > 1 && n <= most_in_cluster;
+      // Clusters find room where every block has a multiprocessor, a chunk's where it has a place.
+      const int cluster_places = num_sms * (isPrefill(p) ? blocks_of_sm : 1);
+      const bool is_cluster = n > 1 && n <= most_in_cluster && blocks <= cluster_places;
       const double merge = is_cluster ? kCluster + kClusterOfSplit * n : n > 1 ? kMerge + merge_of_split * n : 0.0;
       const double cost = longer + 0.01 * in_a_row + kRound * rounds + merge;
       if (cost < best_cost) best = {n, is_cluster}, best_cost = cost;

@@ -40,40 +40,51 @@ __device__ Piece<Half> pieceOf(const Half* row, int piece) {
   return *reinterpret_cast<const Piece<Half>*>(row + 8 * piece);
 }
 
-// A lane's 8 dimensions of a row after its first 2 * num_pairs were turned.
-template <typename Half>
-__device__ void turnedPiece(const Half* row, int piece, const float* cos, const float* sin, int num_pairs,
-                            bool interleaved, float (&x)[8]) {
-  const int first = 8 * piece;
-  const bool is_split = !interleaved && first < 2 * num_pairs;
-  if (is_split && num_pairs % 8 != 0) {
+// How a lane's 8 dimensions of any row of a token are turned.
+struct LaneTurn {
+  float cos[8], sin[8];  // sin: of the sum, see turnedBy
+  uint32_t is_turned;    // by dimension
+
+  __device__ LaneTurn(int piece, const float* all_cos, const float* all_sin, int num_pairs, bool interleaved)
+      : is_turned(0) {
 #pragma unroll
     for (int i = 0; i < 8; ++i) {
-      const int d = first + i;
-      const float y = d < 2 * num_pairs ? toFloat(row[partnerOf(d, num_pairs, interleaved)]) : 0.0f;
-      x[i] = turnedFrom(toFloat(row[d]), y, d, cos, sin, num_pairs, interleaved);
+      const int d = 8 * piece + i;
+      cos[i] = 1.0f, sin[i] = 0.0f;
+      if (d >= 2 * num_pairs) continue;
+      const bool is_first = interleaved ? d % 2 == 0 : d < num_pairs;
+      const int pair = interleaved ? d / 2 : (is_first ? d : d - num_pairs);
+      cos[i] = all_cos[pair], sin[i] = is_first ? -all_sin[pair] : all_sin[pair];
+      is_turned |= 1u << i;
     }
-    return;
   }
+
+  // y: what each of x is turned with.
+  __device__ void turn(const float (&x)[8], const float (&y)[8], float (&out)[8]) const {
+#pragma unroll
+    for (int i = 0; i < 8; ++i) out[i] = is_turned >> i & 1 ? turnedBy(x[i], y[i], cos[i], sin[i]) : x[i];
+  }
+};
+
+// A lane's 8 dimensions of a row, and those that they are turned with; num_pairs = 0: none.
+template <typename Half>
+__device__ void readPieces(const Half* row, int piece, int num_pairs, bool interleaved, float (&x)[8], float (&y)[8]) {
   const Piece<Half> own = pieceOf(row, piece);
 #pragma unroll
   for (int i = 0; i < 8; ++i) x[i] = toFloat(own.halves[i]);
-  if (is_split) {
-    const bool is_first = first < num_pairs;
-    const int pair = is_first ? first : first - num_pairs;
-    const Piece<Half> other = pieceOf(row, piece + (is_first ? num_pairs : -num_pairs) / 8);
+  if (8 * piece >= 2 * num_pairs) return;
+  if (interleaved) {
+#pragma unroll
+    for (int i = 0; i < 8; ++i) y[i] = x[i ^ 1];
+  } else if (num_pairs % 8 == 0) {
+    const Piece<Half> other = pieceOf(row, piece + (8 * piece < num_pairs ? num_pairs : -num_pairs) / 8);
+#pragma unroll
+    for (int i = 0; i < 8; ++i) y[i] = toFloat(other.halves[i]);
+  } else {
 #pragma unroll
     for (int i = 0; i < 8; ++i) {
-      const float sine = sin[pair + i];
-      x[i] = turnedBy(x[i], toFloat(other.halves[i]), cos[pair + i], is_first ? -sine : sine);
-    }
-  } else if (interleaved) {
-#pragma unroll
-    for (int i = 0; i < 8; i += 2) {
-      const int pair = (first + i) / 2;
-      if (pair >= num_pairs) continue;
-      const float even = x[i], odd = x[i + 1];
-      x[i] = turnedBy(even, odd, cos[pair], -sin[pair]), x[i + 1] = turnedBy(odd, even, cos[pair], sin[pair]);
+      const int d = 8 * piece + i;
+      if (d < 2 * num_pairs) y[i] = toFloat(row[partnerOf(d, num_pairs, false)]);
     }
   }
 }
@@ -129,25 +140,29 @@ __global__ void __launch_bounds__(kChunkThreads) prepareChunk(const __grid_const
   const auto rowOf = [&](int heads, int head) {
     return (static_cast<size_t>(stream) * heads + head) * p.num_tokens + token;
   };
+  const int num_turned = max(turns.num_pairs, turns.num_sink_pairs);
+  const LaneTurn plain(lanes.piece, turns.cos, turns.sin, turns.num_pairs, p.interleaved);
+  const LaneTurn for_sinks(lanes.piece, turns.sink_cos, turns.sink_sin, turns_back ? turns.num_sink_pairs : 0,
+                           p.interleaved);
+#pragma unroll 2
   for (int begin = skips_q ? first_k : 0; begin < num_rows; begin += lanes.rows_at_once) {
     const int index = begin + lanes.first_row;
     const bool is_q = index < first_k, is_value = index >= first_v, is_there = index < num_rows && lanes.is_used;
     const int head = is_q ? index : (is_value ? index - first_v : index - first_k);
     const size_t row = rowOf(is_q ? p.num_q_heads : p.num_kv_heads, is_there ? head : 0);
     const auto* from = static_cast<const Half*>(is_q ? p.q : (is_value ? p.v : p.k)) + row * p.head_dim;
-    float x[8] = {};
-    if (is_there) {
-      turnedPiece(from, lanes.piece, turns.cos, turns.sin, is_value ? 0 : turns.num_pairs, p.interleaved, x);
-      if (is_q) {
-        if (args.q != nullptr) storePiece<Half>(args.q, row, p.head_dim, lanes.piece, x);
-        if (turns_back) {
-          turnedPiece(from, lanes.piece, turns.sink_cos, turns.sink_sin, turns.num_sink_pairs, p.interleaved, x);
-          storePiece<Half>(args.q_sink, row, p.head_dim, lanes.piece, x);
-        }
-      }
+    float x[8] = {}, y[8] = {}, out[8];
+    if (is_there) readPieces(from, lanes.piece, is_value ? 0 : num_turned, p.interleaved, x, y);
+    if (is_there && is_q && turns_back) {
+      for_sinks.turn(x, y, out);
+      storePiece<Half>(args.q_sink, row, p.head_dim, lanes.piece, out);
     }
-    __syncwarp();
-    // Lanes of a row stay together, those of other rows and kinds may be in their warp: all exchange, k and v store.
+    if (!is_value) {
+      plain.turn(x, y, out);
+      for (int i = 0; i < 8; ++i) x[i] = out[i];
+    }
+    if (is_there && is_q && args.q != nullptr) storePiece<Half>(args.q, row, p.head_dim, lanes.piece, x);
+    // Rows of other kinds may be in the warp: all its lanes exchange, those of k and v store.
     prepareRow<Half>(p, lanes, x, is_rounded, is_there && !is_q ? (is_value ? args.v : args.k) : nullptr,
                      is_value ? args.v_scale : args.k_scale, row);
   }

@@ -120,7 +120,6 @@ struct Tile {
   static_assert(2 * 16 * kKeys * kStride <= C::kStageBytes);
 
   using Dots = float[C::kRowTiles][kSteps][4];
-  using Weights = uint32_t[C::kRowTiles][kGroups];  // pairs of halves
   using Outs = float[C::kRowTiles][C::kOutTiles][4];
 
   // Where the i-th piece of lane c of a quad is in a row.
@@ -236,8 +235,9 @@ struct Tile {
   }
 
   // The 16 keys of one step, kDims dimensions of each lane (from `dim` on), to the output tiles from first_tile on.
-  template <int kDims>
-  static __device__ void addPiece(const Weights& weights, const uint4* stage, int step, int dim, int first_tile, int c,
+  // weights: pairs of halves, of the tile's groups of 8 keys from `group` on.
+  template <int kDims, int kAll>
+  static __device__ void addPiece(const uint32_t (&weights)[C::kRowTiles][kAll], int group, const uint4* stage, int step, int dim, int first_tile, int c,
                                   Outs& out) {
     constexpr int kBytes = kDims * kElement, kWords = divideUp(kBytes, 4);
     struct alignas(kBytes) Piece {
@@ -254,8 +254,8 @@ struct Tile {
     auto add = [&](int tile, const uint32_t (&a)[4]) {
 #pragma unroll
       for (int r = 0; r < C::kRowTiles; ++r) {
-        const uint32_t upper = 2 * step + 1 < kGroups ? weights[r][(2 * step + 1) % kGroups] : 0;
-        multiplyAdd<Half>(out[r][tile], a, weights[r][2 * step], upper);
+        const uint32_t upper = 2 * step + 1 < kGroups ? weights[r][group + (2 * step + 1) % kGroups] : 0;
+        multiplyAdd<Half>(out[r][tile], a, weights[r][group + 2 * step], upper);
       }
     };
 #pragma unroll
@@ -277,16 +277,18 @@ struct Tile {
   }
 
   // Adds weights . v of the tile.
-  static __device__ void addValues(const Weights& weights, const uint4* stage, int lane, Outs& out) {
+  template <int kAll>
+  static __device__ void addValues(const uint32_t (&weights)[C::kRowTiles][kAll], int group, const uint4* stage,
+                                   int lane, Outs& out) {
     const int g = lane / 4, c = lane % 4;
 #pragma unroll
     for (int step = 0; step < kSteps; ++step) {
 #pragma unroll
       for (int tile = 0; tile < C::kWholeTiles; tile += kTilesOfRead) {
-        addPiece<2 * kTilesOfRead>(weights, stage, step, C::outDim(tile, g), tile, c, out);
+        addPiece<2 * kTilesOfRead>(weights, group, stage, step, C::outDim(tile, g), tile, c, out);
       }
       if constexpr (C::kValueTail > 0) {
-        addPiece<C::kValueTail / 8>(weights, stage, step, C::valueTailDim(g), C::kWholeTiles, c, out);
+        addPiece<C::kValueTail / 8>(weights, group, stage, step, C::valueTailDim(g), C::kWholeTiles, c, out);
       }
     }
   }
