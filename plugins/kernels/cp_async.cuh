@@ -34,11 +34,4 @@ __device__ __forceinline__ void waitForCopies() {
 #endif
 }
 
-// Brings bytes that will be copied soon to the L2 cache, where every write arrives. Both are multiples of 16.
-__device__ __forceinline__ void prefetchBytes([[maybe_unused]] const void* global, [[maybe_unused]] int num_bytes) {
-#if __CUDA_ARCH__ >= 900
-  asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(global), "r"(num_bytes) : "memory");
-#endif
-}
-
 }  // namespace sinkexport

@@ -1,9 +1,6 @@
 // Launches of sink attention.
 #include "sink_attention.h"
 
-#include <cstdlib>
-#include <algorithm>
-
 #include "device.h"
 #include "overlap.cuh"
 #include "sink_attention_merge.cuh"
@@ -64,29 +61,11 @@ cudaError_t launch(const SinkAttentionParams& p, void* workspace, cudaStream_t s
   const Shape shape(p);
   const AttendKernel& kernel = shape.kernel;
   const int num_sms = device.multiprocessors < kMostSms ? device.multiprocessors : kMostSms;
-  Cut cut = shape.cut(p, num_sms, memory_bytes_of_us, residentBlocks(kernel, device), mostInCluster(device));
-  int prefetched_rows = 0;
-  int shared = sharedBytes(p, shape, cut, device);
-#ifdef SINKEXPORT_TRY
-  const int most = shape.mostSplits(p, num_sms * residentBlocks(kernel, device));
-  if (const char* s = getenv(isPrefill(p) ? "TRY_CHUNK_SPLITS" : "TRY_SPLITS")) cut.num_splits = atoi(s);
-  if (const char* s = getenv("TRY_CLUSTER")) cut.is_cluster = atoi(s);
-  if (cut.num_splits == 1) cut.is_cluster = false;
-  if (cut.num_splits > 8) cut.is_cluster = false;
-  if (!cut.is_cluster) cut.num_splits = std::min(cut.num_splits, most);
-  if (cut.num_splits == 1) cut.is_cluster = false;
-  if (const char* s = getenv("TRY_CARVE"))
-    cudaFuncSetAttribute(kernel.function, cudaFuncAttributePreferredSharedMemoryCarveout, atoi(s));
-  if (const char* s = getenv("TRY_PREFETCH")) prefetched_rows = atoi(s);
-  shared = sharedBytes(p, shape, cut, device);
-  if (const char* s = getenv("TRY_SHARED"))
-    shared = std::max(atoi(s) * 1024, kernel.shared_bytes + (cut.is_cluster ? kernel.cluster_bytes : 0));
-#endif
+  const Cut cut = shape.cut(p, num_sms, memory_bytes_of_us, residentBlocks(kernel, device), mostInCluster(device));
   Workspace space(p, cut, workspace);
   AttendArgs& args = space.args;
   args.tiles_per_split = divideUp(shape.tiles, cut.num_splits);
   args.row_warps = shape.row_warps;
-  args.prefetched_rows = prefetched_rows;
   const dim3 tokens(p.num_tokens, p.batch);
 
   if (space.is_prepared) {
@@ -101,8 +80,8 @@ cudaError_t launch(const SinkAttentionParams& p, void* workspace, cudaStream_t s
   void* arguments[] = {&args};
   const dim3 grid(shape.row_blocks, cut.num_splits);
   // All kernels wait for the one before them where they need its results, and may be placed earlier.
-  error = launchOverlapping(kernel.function, grid, dim3(kernel.num_threads), shared, device.overlaps, stream, arguments,
-                            cut.is_cluster ? cut.num_splits : 1);
+  error = launchOverlapping(kernel.function, grid, dim3(kernel.num_threads), sharedBytes(p, shape, cut, device),
+                            device.overlaps, stream, arguments, cut.is_cluster ? cut.num_splits : 1);
   if (error != cudaSuccess) return error;
   if (cut.num_splits > 1 && !cut.is_cluster) {
     error = launchOverlapping(&mergeSplits<Half>, dim3(p.batch * p.num_q_heads * p.num_tokens), dim3(kMergeThreads),

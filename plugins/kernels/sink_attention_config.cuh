@@ -27,7 +27,6 @@ struct AttendArgs {
   int tiles_per_split;  // of a step; those of a chunk are known on the device
   int row_warps;        // of a chunk's block: warps with rows of their own; the others take other tiles for them
   bool is_cluster;      // a step's splits are the blocks of a cluster, which merges them itself
-  int prefetched_rows;  // of keys and of values, that a step's block asks for beside its first tiles
 };
 
 // Keys of a tile: 16, and twice as many of short int8 rows, so that what a tile costs beside its bytes is shared. Half

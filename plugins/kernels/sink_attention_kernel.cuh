@@ -26,14 +26,6 @@ struct Staged {
   int warp, stage;
 };
 
-#if defined(SINKEXPORT_TRY) && defined(__CUDA_ARCH__)
-static __device__ long long tried_clocks[16 * 8];
-#define TRY_CLOCK(i) do { if (threadIdx.x == 0 && blockIdx.x == 0) tried_clocks[blockIdx.y * 8 + (i)] = clock64(); } while (0)
-#else
-static __device__ long long tried_clocks[16 * 8];
-#define TRY_CLOCK(i)
-#endif
-
 template <typename C>
 class Attend {
   using Half = typename C::Half;
@@ -60,24 +52,17 @@ class Attend {
   __device__ void runStep(Sections<C>& sections) {
     const Step<C> step{p_, at_, memory_};
     if (!p_.settled_states) waitForEarlierKernels();
-    TRY_CLOCK(0);
     issueFirst(sections);
     step.prefetch();
-    if (threadIdx.x == 0 && args_.prefetched_rows > 0) {
-      sections.prefetch(sections.begin + (C::kStages - 1) * C::kWarps, args_.prefetched_rows);
-    }
     if (args_.is_cluster) arriveAtCluster();
     const Position<C> position(p_, at_.stream);
     sections.settleStep(position);
     Turns turns = makeTurns(p_, position.t, memory_.turns);
-    TRY_CLOCK(1);
     if (p_.settled_states) waitForEarlierKernels();
     allowNextKernel();  // not before: the next one's blocks would crowd where there is room now
-    TRY_CLOCK(2);
     takeShift(p_, at_.stream, 0, turns);
     const int own_tile = step.take(position, sections, turns);
     __syncthreads();
-    TRY_CLOCK(3);
 
     Rows<C> rows(p_, at_);
     int stage = 0;
@@ -327,7 +312,6 @@ class Attend {
   __device__ void finish(Rows<C>& rows) {
     waitForCopies<0>();
     __syncthreads();
-    TRY_CLOCK(4);
     rows.store(at_, memory_);
     __syncthreads();
     if (args_.is_cluster) {
@@ -411,10 +395,8 @@ class Attend {
         storeInBlock(memory_.received_sums + rank * C::kMostRows + r, block, make_float2(all.base, all.sum));
       }
     }
-    TRY_CLOCK(5);
     arriveAtCluster();
     waitForCluster();
-    TRY_CLOCK(6);
     for (int i = threadIdx.x; i < 2 * share; i += C::kThreads) {
       const int piece = rank * share + i / 2, r = piece / kRowPieces, d = 4 * (piece % kRowPieces) + 2 * (i % 2);
       if (piece >= num_pieces) break;
@@ -438,7 +420,6 @@ class Attend {
       const float normal = normaliser(all, p_.sink_logit, at_.headOf(at_.row_begin + r));
       storeOut<Half>(p_, outRow(r), d, make_float2(sum.x * normal, sum.y * normal));
     }
-    TRY_CLOCK(7);
   }
 };
 
@@ -458,14 +439,19 @@ struct AttendKernel {
   int num_warps;
   int shared_bytes;
   int cluster_bytes;  // more of them in a cluster
-  int blocks_of_sm;  // at most
+  int blocks_of_sm;   // at most
 };
 
 template <int kHeadDim, DType kDType, bool kInt8, int kRowTiles, bool kPrefill>
 AttendKernel attendKernel() {
   using C = Config<kHeadDim, kDType, kInt8, kRowTiles, kPrefill>;
-  return {reinterpret_cast<const void*>(&attend<C>), C::kWarpRows,     C::kThreads, C::kWarps, C::kSharedBytes,
-          C::kClusterBytes,                          C::kBlocksOfSm};
+  return {reinterpret_cast<const void*>(&attend<C>),
+          C::kWarpRows,
+          C::kThreads,
+          C::kWarps,
+          C::kSharedBytes,
+          C::kClusterBytes,
+          C::kBlocksOfSm};
 }
 
 // A step's groups of up to 8 query heads make 8 rows, larger ones 16, as a chunk's do.

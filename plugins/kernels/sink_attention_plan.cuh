@@ -97,8 +97,8 @@ struct Shape {
       const double at_once = tile * tiles * row_blocks / num_sms * places / blocks;
       const double in_a_row = tile_in_a_row * rounds * divideUp(divideUp(tiles, n), parts);
       const double longer = at_once > in_a_row ? at_once : in_a_row;
-      // Clusters find room where every block has a multiprocessor, a chunk's where it has a place.
-      const int cluster_places = num_sms * (isPrefill(p) ? blocks_of_sm : 1);
+      // A step's clusters leave some multiprocessors free, so that they find room; a chunk's take all places.
+      const int cluster_places = isPrefill(p) ? num_sms * blocks_of_sm : num_sms * 3 / 4;
       const bool is_cluster = n > 1 && n <= most_in_cluster && blocks <= cluster_places;
       const double merge = is_cluster ? kCluster + kClusterOfSplit * n : n > 1 ? kMerge + merge_of_split * n : 0.0;
       const double cost = longer + 0.01 * in_a_row + kRound * rounds + merge;

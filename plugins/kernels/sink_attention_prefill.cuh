@@ -98,8 +98,8 @@ __device__ void storePiece(void* rows, size_t row, int head_dim, int piece, cons
 }
 
 // A row of k or v that attention meets as it will be stored: int8 entries as 16-bit numbers and their scale; sinks, and
-// everything where the window is not int8, as they are, with a scale of 1. By all lanes of the warp; rows: null for those
-// that have none to store.
+// everything where the window is not int8, as they are, with a scale of 1. By all lanes of the warp; rows: null for
+// those that have none to store.
 template <typename Half>
 __device__ void prepareRow(const SinkAttentionParams& p, const RowLanes& lanes, float (&x)[8], bool is_rounded,
                            void* rows, void* scales, size_t row) {
@@ -186,8 +186,8 @@ __global__ void __launch_bounds__(kChunkThreads) writeChunk(const __grid_constan
     const bool is_value = index >= p.num_kv_heads;
     const size_t head_row = static_cast<size_t>(stream) * p.num_kv_heads + index % p.num_kv_heads;
     const size_t from = head_row * p.num_tokens + token, to = head_row * (is_sink ? p.num_sinks : p.window_size) + slot;
-    const Piece<Half> piece = pieceOf(static_cast<const Half*>(is_value ? args.v : args.k) + from * p.head_dim,
-                                      lanes.piece);
+    const Piece<Half> piece =
+        pieceOf(static_cast<const Half*>(is_value ? args.v : args.k) + from * p.head_dim, lanes.piece);
     void* state = is_value ? (is_sink ? p.sink_v : p.window_v) : (is_sink ? p.sink_k : p.window_k);
     if (p.int8_window && !is_sink) {
       struct alignas(8) Entries {

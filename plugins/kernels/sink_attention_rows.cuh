@@ -42,8 +42,8 @@ __device__ inline void prefetchTurns(const SinkAttentionParams& p, int stream) {
   }
 }
 
-// Rotations from exact phases, if there are frequencies. By all threads of the block; a barrier must follow. t: position
-// of the token. shared: turnsFloats of them.
+// Rotations from exact phases, if there are frequencies. By all threads of the block; a barrier must follow. t:
+// position of the token. shared: turnsFloats of them.
 __device__ inline Turns makeTurns(const SinkAttentionParams& p, int64_t t, float* shared) {
   const int half = p.head_dim / 2, num_pairs = p.rotary_dim / 2;
   Turns turns{shared, shared + half, shared + 2 * half, shared + 3 * half, 0, 0};

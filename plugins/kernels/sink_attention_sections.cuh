@@ -120,16 +120,6 @@ struct Sections {
   __device__ int tileOf(const Position<C>& own) const {
     return own.is_sink ? own_row / C::kOtherKeys : sink_tiles + own_row / C::kWindowKeys;
   }
-
-  // Asks for up to `rows` rows of a step's window from the split's tile `from` on. By one thread.
-  __device__ void prefetch(int from, int rows) const {
-    const int row0 = max(from - sink_tiles, 0) * C::kWindowKeys;
-    const int row_end = min(min((end - sink_tiles) * C::kWindowKeys, window.limit), row0 + rows);
-    constexpr int kRowBytes = C::kHeadDim * (C::kInt8 ? 1 : 2);
-    if (row_end <= row0) return;
-    prefetchBytes(window.k + static_cast<size_t>(row0) * kRowBytes, (row_end - row0) * kRowBytes);
-    prefetchBytes(window.v + static_cast<size_t>(row0) * kRowBytes, (row_end - row0) * kRowBytes);
-  }
 };
 
 }  // namespace sink_attention

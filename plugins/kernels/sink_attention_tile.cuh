@@ -237,8 +237,8 @@ struct Tile {
   // The 16 keys of one step, kDims dimensions of each lane (from `dim` on), to the output tiles from first_tile on.
   // weights: pairs of halves, of the tile's groups of 8 keys from `group` on.
   template <int kDims, int kAll>
-  static __device__ void addPiece(const uint32_t (&weights)[C::kRowTiles][kAll], int group, const uint4* stage, int step, int dim, int first_tile, int c,
-                                  Outs& out) {
+  static __device__ void addPiece(const uint32_t (&weights)[C::kRowTiles][kAll], int group, const uint4* stage,
+                                  int step, int dim, int first_tile, int c, Outs& out) {
     constexpr int kBytes = kDims * kElement, kWords = divideUp(kBytes, 4);
     struct alignas(kBytes) Piece {
       std::conditional_t<kBytes == 2, uint16_t, uint32_t> word[kWords];
