@@ -1,8 +1,9 @@
 // The attention kernel itself: flash decoding on tensor cores, for a step (T = 1) and for a chunk (prefill).
 //
-// A block owns one (stream, kv head), 8 or 16 rows and one split of the cache. A row is a query head of the group at
-// one of the T tokens: row = token * group + head in group. Each warp takes every kWarps-th tile of keys by itself,
-// with its own online softmax; warps meet once, at the end.
+// A block owns one (stream, kv head), 8 to 64 rows and one split of the cache. A row is a query head of the group at
+// one of the T tokens: row = token * group + head in group. In a step each warp takes every kWarps-th tile of keys by
+// itself, with its own online softmax; warps meet once, at the end. In a chunk warps have rows of their own, as far as
+// there are any (16 a warp), and read tiles that all of them copy.
 //
 //   sink_attention_config.cuh    sizes, who a thread is, shared memory
 //   sink_attention_rows.cuh      positions, rotations, rounding to int8
@@ -10,9 +11,10 @@
 //   sink_attention_sections.cuh  sinks, window and chunk; the order of tiles
 //   sink_attention_softmax.cuh   the rows' online softmax
 //   sink_attention_step.cuh      a step's own token
+//   sink_attention_ending.cuh    sums of warps, of splits in a cluster, and the output
 #pragma once
 
-#include "cluster.cuh"
+#include "sink_attention_ending.cuh"
 #include "sink_attention_sections.cuh"
 #include "sink_attention_softmax.cuh"
 #include "sink_attention_step.cuh"
@@ -76,7 +78,7 @@ class Attend {
       consume(position, sections, queries, {{at, at_.warp, stage}}, tile == own_tile, rows);
       stage = stage + 1 == C::kStages ? 0 : stage + 1;
     }
-    finish(rows);
+    Ending<C>(args_, at_, memory_).finish(rows);
   }
 
   // Warps with rows of their own read all tiles that the block copies; where several have the same rows, each reads its
@@ -127,7 +129,7 @@ class Attend {
       }
       stage = stage + 1 == C::kStages ? 0 : stage + 1;
     }
-    finish(rows);
+    Ending<C>(args_, at_, memory_).finish(rows);
   }
 
   // Each warp's first tiles.
@@ -306,120 +308,6 @@ class Attend {
       logit += rows.sink_scale_log2[r][j];  // token 0
     }
     return logit;
-  }
-
-  // The warps' sums to the output, or to where the splits meet.
-  __device__ void finish(Rows<C>& rows) {
-    waitForCopies<0>();
-    __syncthreads();
-    rows.store(at_, memory_);
-    __syncthreads();
-    if (args_.is_cluster) {
-      mergeInCluster();
-      return;
-    }
-    for (int r = at_.warp; r < at_.rowsHere(); r += C::kWarps) merge(r);
-  }
-
-  // A row of the block: its sums of all parts, and each part's factor.
-  __device__ RowSums sumsOf(int r, float (&factor)[C::kWarps]) const {
-    RowSums all;
-#pragma unroll
-    for (int part = 0; part < C::kWarps; ++part) {
-      if (part < at_.parts) all.base = fmaxf(all.base, memory_.sums[part * at_.block_rows + r].x);
-    }
-#pragma unroll
-    for (int part = 0; part < C::kWarps; ++part) {
-      factor[part] = 0.0f;
-      if (part >= at_.parts) continue;
-      const float2 sum = memory_.sums[part * at_.block_rows + r];
-      factor[part] = sum.x == -INFINITY ? 0.0f : exp2Fast(sum.x - all.base);
-      all.sum += factor[part] * sum.y;
-    }
-    return all;
-  }
-
-  // The weighted sum of all parts' outputs: kCount dimensions from d on.
-  template <int kCount>
-  __device__ void sumOuts(int r, int d, const float (&factor)[C::kWarps], float (&sum)[kCount]) const {
-#pragma unroll
-    for (int i = 0; i < kCount; ++i) sum[i] = 0.0f;
-#pragma unroll
-    for (int part = 0; part < C::kWarps; ++part) {
-      if (part >= at_.parts) continue;
-      const float* out = memory_.outs + (part * at_.block_rows + r) * C::kHeadDim + d;
-#pragma unroll
-      for (int i = 0; i < kCount; ++i) sum[i] += factor[part] * out[i];
-    }
-  }
-
-  // Of [B, Hq, T].
-  __device__ size_t outRow(int r) const {
-    const int row = at_.row_begin + r;
-    const size_t head = static_cast<size_t>(at_.stream) * p_.num_q_heads + at_.headOf(row);
-    return head * p_.num_tokens + at_.tokenOf(row);
-  }
-
-  // One row's output, or its part of it, of all warps' sums. By a warp.
-  __device__ void merge(int r) {
-    float factor[C::kWarps];
-    const RowSums all = sumsOf(r, factor);
-    const size_t out_row = outRow(r), partial = out_row * args_.num_splits + blockIdx.y;
-    const bool is_whole = args_.num_splits == 1;
-    const float normal = is_whole ? normaliser(all, p_.sink_logit, at_.headOf(at_.row_begin + r)) : 1.0f;
-    if (!is_whole && at_.lane == 0) args_.partial_sums[partial] = make_float2(all.base, all.sum);
-    for (int d = 2 * at_.lane; d < C::kHeadDim; d += 64) {
-      float x[2];
-      sumOuts(r, d, factor, x);
-      if (is_whole)
-        storeOut<Half>(p_, out_row, d, make_float2(x[0] * normal, x[1] * normal));
-      else
-        *reinterpret_cast<float2*>(args_.partial_out + partial * C::kHeadDim + d) = make_float2(x[0], x[1]);
-    }
-  }
-
-  // All rows' outputs of the sums of all blocks of the cluster: each block receives its share of them and adds it up.
-  __device__ void mergeInCluster() {
-    constexpr int kRowPieces = C::kHeadDim / 4;
-    const int num_blocks = args_.num_splits, rank = blockIdx.y, num_pieces = at_.rowsHere() * kRowPieces;
-    const int share = divideUp(num_pieces, num_blocks);
-    auto* const received = reinterpret_cast<float4*>(memory_.received);
-    waitForCluster();  // all blocks have started
-    for (int i = threadIdx.x; i < num_pieces; i += C::kThreads) {
-      const int r = i / kRowPieces, piece = i % kRowPieces, owner = i / share;
-      float factor[C::kWarps], x[4];
-      const RowSums all = sumsOf(r, factor);
-      sumOuts(r, 4 * piece, factor, x);
-      storeInBlock(received + rank * share + i % share, owner, make_float4(x[0], x[1], x[2], x[3]));
-      for (int block = piece; block < num_blocks; block += kRowPieces) {
-        storeInBlock(memory_.received_sums + rank * C::kMostRows + r, block, make_float2(all.base, all.sum));
-      }
-    }
-    arriveAtCluster();
-    waitForCluster();
-    for (int i = threadIdx.x; i < 2 * share; i += C::kThreads) {
-      const int piece = rank * share + i / 2, r = piece / kRowPieces, d = 4 * (piece % kRowPieces) + 2 * (i % 2);
-      if (piece >= num_pieces) break;
-      RowSums all;
-      float2 sums[C::kMostClusterBlocks];
-#pragma unroll
-      for (int block = 0; block < C::kMostClusterBlocks; ++block) {
-        sums[block] = make_float2(-INFINITY, 0.0f);
-        if (block < num_blocks) sums[block] = memory_.received_sums[block * C::kMostRows + r];
-        all.base = fmaxf(all.base, sums[block].x);
-      }
-      float2 sum = make_float2(0.0f, 0.0f);
-#pragma unroll
-      for (int block = 0; block < C::kMostClusterBlocks; ++block) {
-        if (block >= num_blocks) continue;
-        const float2 x = *reinterpret_cast<const float2*>(memory_.received + 4 * block * share + 2 * i);
-        const float factor = sums[block].x == -INFINITY ? 0.0f : exp2Fast(sums[block].x - all.base);
-        all.sum += factor * sums[block].y;
-        sum.x += factor * x.x, sum.y += factor * x.y;
-      }
-      const float normal = normaliser(all, p_.sink_logit, at_.headOf(at_.row_begin + r));
-      storeOut<Half>(p_, outRow(r), d, make_float2(sum.x * normal, sum.y * normal));
-    }
   }
 };
 
