@@ -39,19 +39,22 @@ inline cudaError_t findOverlap(bool& overlaps) {
 
 // `overlaps`: the kernel waits by itself for all work that is ahead of it in the stream. arguments: addresses of the
 // kernel's parameters, as cudaLaunchKernel takes them. Graphs are captured with such launches from CUDA 12.3 on.
+// cluster_blocks: of a cluster, along y; only where kernels overlap.
 inline cudaError_t launchOverlapping(const void* kernel, dim3 grid, dim3 block, size_t shared_bytes, bool overlaps,
-                                     cudaStream_t stream, void** arguments) {
+                                     cudaStream_t stream, void** arguments, [[maybe_unused]] int cluster_blocks = 1) {
 #if CUDART_VERSION >= 12030
-  cudaLaunchAttribute overlap{};
-  overlap.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-  overlap.val.programmaticStreamSerializationAllowed = 1;
+  cudaLaunchAttribute attributes[2]{};
+  attributes[0].id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  attributes[0].val.programmaticStreamSerializationAllowed = 1;
+  attributes[1].id = cudaLaunchAttributeClusterDimension;
+  attributes[1].val.clusterDim = {1, static_cast<unsigned>(cluster_blocks), 1};
   cudaLaunchConfig_t config{};
   config.gridDim = grid;
   config.blockDim = block;
   config.dynamicSmemBytes = shared_bytes;
   config.stream = stream;
-  config.attrs = &overlap;
-  config.numAttrs = overlaps ? 1 : 0;
+  config.attrs = attributes;
+  config.numAttrs = !overlaps ? 0 : cluster_blocks > 1 ? 2 : 1;
   return cudaLaunchKernelExC(&config, kernel, arguments);
 #else
   (void)overlaps;

@@ -31,15 +31,23 @@ int residentBlocks(const AttendKernel& kernel, const Device& device) {
 }
 
 // Blocks are placed as those of the launch before end. If no merge comes in between, they would crowd on the first
-// multiprocessors that are free, and most would wait for those: so each takes as much shared memory as is its share.
-int sharedBytes(const SinkAttentionParams& p, const Shape& shape, int num_splits, const Device& device) {
-  const int needed = shape.kernel.shared_bytes;
+// multiprocessors that are free, and most would wait for those: so each takes as much shared memory as is its share,
+// or half of it where two launches find room beside each other.
+int sharedBytes(const SinkAttentionParams& p, const Shape& shape, Cut cut, const Device& device) {
+  const int needed = shape.kernel.shared_bytes + (cut.is_cluster ? shape.kernel.cluster_bytes : 0);
+  const int blocks = shape.row_blocks * cut.num_splits;
   const int places = device.multiprocessors * residentBlocks(shape.kernel, device);
-  if (num_splits > 1 || isPrefill(p) || shape.row_blocks > places) return needed;
-  const int share = device.shared_bytes_of_all / divideUp(shape.row_blocks, device.multiprocessors);
+  if ((cut.num_splits > 1 && !cut.is_cluster) || isPrefill(p) || blocks > places) return needed;
+  int share = device.shared_bytes_of_all / divideUp(blocks, device.multiprocessors);
+  if (p.settled_states && share / 2 - kReservedSharedBytes >= needed) share /= 2;
   const int most = share < device.shared_bytes ? share : device.shared_bytes;
   const int padded = (most - kReservedSharedBytes) / 128 * 128;
   return padded > needed ? padded : needed;
+}
+
+// Blocks of a cluster, at most: 8 wherever there are clusters.
+int mostInCluster(const Device& device) {
+  return CUDART_VERSION >= 12030 && device.overlaps ? 8 : 0;
 }
 
 template <typename Half>
@@ -53,35 +61,35 @@ cudaError_t launch(const SinkAttentionParams& p, void* workspace, cudaStream_t s
   const Shape shape(p);
   const AttendKernel& kernel = shape.kernel;
   const int num_sms = device.multiprocessors < kMostSms ? device.multiprocessors : kMostSms;
-  const int num_splits = shape.splits(p, num_sms, memory_bytes_of_us, residentBlocks(kernel, device));
-  Workspace space(p, num_splits, workspace);
+  const Cut cut = shape.cut(p, num_sms, memory_bytes_of_us, residentBlocks(kernel, device), mostInCluster(device));
+  Workspace space(p, cut, workspace);
   AttendArgs& args = space.args;
-  args.tiles_per_split = divideUp(shape.tiles, num_splits);
+  args.tiles_per_split = divideUp(shape.tiles, cut.num_splits);
+  args.row_warps = shape.row_warps;
   const dim3 tokens(p.num_tokens, p.batch);
 
   if (space.is_prepared) {
-    prepareChunk<Half><<<tokens, kChunkThreads, turnsFloats(p.head_dim) * sizeof(float), stream>>>(space.chunk);
-    if ((error = cudaGetLastError()) != cudaSuccess) return error;
+    error = launchOverlapping(&prepareChunk<Half>, tokens, dim3(kChunkThreads), turnsFloats(p.head_dim) * sizeof(float),
+                              device.overlaps, stream, space.chunk);
+    if (error != cudaSuccess) return error;
   }
 
   // The most there is, in every launch alike: another thread may launch the same kernel with more than this one needs.
   error = cudaFuncSetAttribute(kernel.function, cudaFuncAttributeMaxDynamicSharedMemorySize, device.shared_bytes);
   if (error != cudaSuccess) return error;
   void* arguments[] = {&args};
-  const dim3 grid(shape.row_chunks, num_splits, p.batch * p.num_kv_heads);
-  // Both kernels wait for the one before them where they need its results, and may be placed earlier.
-  error = launchOverlapping(kernel.function, grid, dim3(kernel.num_threads), sharedBytes(p, shape, num_splits, device),
-                            device.overlaps, stream, arguments);
+  const dim3 grid(shape.row_blocks, cut.num_splits);
+  // All kernels wait for the one before them where they need its results, and may be placed earlier.
+  error = launchOverlapping(kernel.function, grid, dim3(kernel.num_threads), sharedBytes(p, shape, cut, device),
+                            device.overlaps, stream, arguments, cut.is_cluster ? cut.num_splits : 1);
   if (error != cudaSuccess) return error;
-  if (num_splits > 1) {
+  if (cut.num_splits > 1 && !cut.is_cluster) {
     error = launchOverlapping(&mergeSplits<Half>, dim3(p.batch * p.num_q_heads * p.num_tokens), dim3(kMergeThreads),
                               kMergeWarps * p.head_dim * sizeof(float), device.overlaps, stream, args);
     if (error != cudaSuccess) return error;
   }
-
   if (isPrefill(p)) {  // after attention: early queries need keys that later tokens evict
-    writeChunk<Half><<<tokens, kChunkThreads, 0, stream>>>(args);
-    error = cudaGetLastError();
+    error = launchOverlapping(&writeChunk<Half>, tokens, dim3(kChunkThreads), 0, device.overlaps, stream, args);
   }
   return error;
 }
@@ -92,7 +100,7 @@ size_t sinkAttentionWorkspaceBytes(const SinkAttentionParams& p) {
   if (shapeProblem(p) != nullptr) return 0;
   const Shape shape(p);
   const int most_splits = shape.mostSplits(p, kMostSms * shape.kernel.blocks_of_sm);
-  return Workspace(p, most_splits, nullptr).num_bytes;
+  return Workspace(p, Cut{most_splits, false}, nullptr).num_bytes;
 }
 
 cudaError_t launchSinkAttention(const SinkAttentionParams& p, void* workspace, cudaStream_t stream) {

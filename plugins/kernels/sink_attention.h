@@ -24,6 +24,10 @@ struct SinkAttentionParams {
   int window_size = 0;   // W >= 1; S + W <= 65536
   DType dtype = DType::kFloat16;
   bool int8_window = false;
+  // Whether a step may read states, position and frequency before the kernels ahead of it have ended: none of those
+  // that can still run then writes them. True wherever an attention of other states, or anything but a kernel, comes
+  // after what wrote them.
+  bool settled_states = false;
 
   // --- the tokens of this run ---
   const void* q = nullptr;  // half [B, Hq, T, D]

@@ -24,7 +24,9 @@ struct AttendArgs {
   float* partial_out;    // [B * Hq * T, num_splits, D], not normalised
   float2* partial_sums;  // [B * Hq * T, num_splits]: RowSums
   int num_splits;
-  int tiles_per_split;
+  int tiles_per_split;  // of a step; those of a chunk are known on the device
+  int row_warps;        // of a chunk's block: warps with rows of their own; the others take other tiles for them
+  bool is_cluster;      // a step's splits are the blocks of a cluster, which merges them itself
 };
 
 // Keys of a tile: 16, and twice as many of short int8 rows, so that what a tile costs beside its bytes is shared. Half
@@ -70,7 +72,9 @@ struct Config {
   static constexpr int kValueTail = kHeadDim % 64;
   static constexpr int kWholeTiles = (kHeadDim - kValueTail) / 16;  // of pieces; four a piece
   static constexpr int kOutTiles = kHeadDim / 16;                   // of 16 dimensions of O^T
-  static constexpr int kRows = 8 * kRowTiles;
+  static constexpr int kWarpRows = 8 * kRowTiles;
+  // A chunk's queries stay in registers as far as these go; those of larger heads are read for every tile.
+  static constexpr bool kHoldsQueries = kPrefill && kHeadDim <= 128;
   // int8 takes more arithmetic a byte, and more warps to hide it; in one block, so that fewer splits have to be merged.
   static constexpr int kWarps = kHeadDim > 128 ? (kInt8 ? 4 : 2) : kInt8 && kRowTiles == 1 ? 8 : 4;
   static constexpr int kThreads = kWarpSize * kWarps;
@@ -81,7 +85,7 @@ struct Config {
   static constexpr int kStageBytes = kWindowBytes > kOtherBytes ? kWindowBytes : kOtherBytes;
   static constexpr int kStages = kInt8 ? 2 : stagesOf(kWarps * kStageBytes);
   // As far as registers go.
-  static constexpr int kBlocksOfSm = kWarps == 8 || (kHeadDim > 128 && kRowTiles == 2) ? 2 : 3;
+  static constexpr int kBlocksOfSm = kWarps == 8 || kPrefill || (kHeadDim > 128 && kRowTiles == 2) ? 2 : 3;
   static constexpr int kScalePieces = kWindowKeys / 8 + 1;  // of 8 float16; a tile may begin in the middle of one
   static constexpr int kStageScales = 2 * kScalePieces;     // pieces of a stage: keys' scales, then values'
   static constexpr int kValueScalesAt = 8 * kScalePieces;   // float16 before those of values
@@ -91,15 +95,21 @@ struct Config {
   // (modulo 128) where a quad reads 64 in a row, 16 (modulo 32) where it reads every other 16.
   static constexpr int kRowStride = kInt8 ? kHeadDim + 8 : 64 * divideUp(kHeadDim - 32, 64) + 32;
   static constexpr int kStagesBytes = kWarps * kStages * kStageBytes;
-  static constexpr int kQueryBytes = kRows * kRowStride * 2;
+  static constexpr int kQueryBytes = kPrefill ? 0 : kWarpRows * kRowStride * 2;
   static constexpr int kNewRowBytes = kHeadDim * 2;
   static constexpr int kNewScaleBytes = 16;
   static constexpr int kScaleBytes = kInt8 ? kWarps * kStages * kStageScales * 16 : 0;
-  static constexpr int kSumsBytes = kWarps * kRows * 8;
+  static constexpr int kSumsBytes = kWarps * kWarpRows * 8;
   static constexpr int kSharedBytes = kStagesBytes + 2 * kQueryBytes + 2 * kNewRowBytes + kNewScaleBytes + kScaleBytes +
                                       kSumsBytes + 4 * turnsFloats(kHeadDim);
-  static_assert(kWarps * kRows * kHeadDim * 4 <= kStagesBytes, "the warps' outputs take the place of the stages");
+  static_assert(kWarps * kWarpRows * kHeadDim * 4 <= kStagesBytes, "the warps' outputs take the place of the stages");
   static_assert(kSharedBytes <= 96 * 1024, "more than a block of compute capability 7.2 can have; 8.6, 8.9, 12.0: 99");
+
+  // Behind all that, in a cluster: a block's share of what all blocks summed | their sums.
+  static constexpr int kMostClusterBlocks = 8;
+  static constexpr int kMostRows = kPrefill ? kWarps * kWarpRows : kWarpRows;  // of a block
+  static constexpr int kReceivedBytes = (kMostRows * kHeadDim + 4 * kMostClusterBlocks) * 4;
+  static constexpr int kClusterBytes = kReceivedBytes + kMostClusterBlocks * kMostRows * 8;
 
   // Which piece of 8 dimensions is the i-th of lane c of a quad (keys) or of lane g of eight (values). Piece 2i and
   // 2i+1 are neighbours in int8 kernels, whose 16 bytes are 16 dimensions.
@@ -117,32 +127,43 @@ struct Config {
   }
 };
 
-// Where a block and a thread of it stand.
+// Where a block and a thread of it stand. Grid: (blocks of rows) x [B, Hkv], splits. A chunk's last rows have the most
+// keys, so they come first.
 template <typename C>
 struct Place {
   int lane, warp, g, c;  // g, c: of eight groups of four lanes, and in the group
-  int stream, kv_head;
+  int stream, kv_head, num_heads;
   size_t head_row, window_row, sink_row, chunk_row;  // first row of [B, Hkv], and of its sections' arrays
   int group;                                         // query heads that share kv_head
   int num_rows, row_begin;  // rows of (stream, kv_head), and the block's first one: token * group + head in group
+  int block_rows;
+  int parts, part;  // of the tiles: the warps of a part have rows of their own
+  int warp_row;     // the warp's first row, of the block's
 
-  __device__ explicit Place(const SinkAttentionParams& p)
+  __device__ explicit Place(const AttendArgs& args)
       : lane(threadIdx.x % kWarpSize),
         warp(threadIdx.x / kWarpSize),
         g(lane / 4),
         c(lane % 4),
-        stream(blockIdx.z / p.num_kv_heads),
-        kv_head(blockIdx.z % p.num_kv_heads),
-        head_row(blockIdx.z),
-        window_row(head_row * p.window_size),
-        sink_row(head_row * p.num_sinks),
-        chunk_row(head_row * p.num_tokens),
-        group(p.num_q_heads / p.num_kv_heads),
-        num_rows(group * p.num_tokens),
-        row_begin(blockIdx.x * C::kRows) {}
+        num_heads(args.p.batch * args.p.num_kv_heads),
+        group(args.p.num_q_heads / args.p.num_kv_heads),
+        num_rows(group * args.p.num_tokens) {
+    const int row_warps = C::kPrefill ? args.row_warps : 1;
+    const int head = blockIdx.x % num_heads;
+    stream = head / args.p.num_kv_heads, kv_head = head % args.p.num_kv_heads;
+    head_row = head;
+    window_row = head_row * args.p.window_size;
+    sink_row = head_row * args.p.num_sinks;
+    chunk_row = head_row * args.p.num_tokens;
+    block_rows = row_warps * C::kWarpRows;
+    row_begin = (gridDim.x / num_heads - 1 - blockIdx.x / num_heads) * block_rows;
+    parts = C::kWarps / row_warps, part = warp / row_warps;
+    warp_row = warp % row_warps * C::kWarpRows;
+  }
 
   __device__ int tokenOf(int row) const { return C::kPrefill ? row / group : 0; }
   __device__ int headOf(int row) const { return kv_head * group + (C::kPrefill ? row % group : row); }
+  __device__ int rowsHere() const { return min(block_rows, num_rows - row_begin); }
 };
 
 // The block's shared memory.
@@ -151,32 +172,37 @@ struct Shared {
   using Half = typename C::Half;
 
   float* outs;    // [warp][row][D], once the stages are done with
-  uint4* stages;  // of this warp
-  Half* q;        // rows of kRowStride
+  uint4* stages;  // [warp][stage]
+  Half* q;        // a step's, rows of kRowStride
   Half* q_sink;   // the same, as the sinks meet them
   uint4* new_k;   // the step's own row
   uint4* new_v;
   __half* new_scales;  // of k, of v
-  uint4* scales;       // of this warp's stages
+  uint4* scales;       // of the stages
   float2* sums;        // [warp][row]: RowSums
   float* turns;
+  float* received;        // in a cluster: [block][share of rows x D]
+  float2* received_sums;  // [block][row]
 
-  __device__ Shared(uint4* memory, int warp) {
+  __device__ explicit Shared(uint4* memory) {
     outs = reinterpret_cast<float*>(memory);
-    stages = memory + warp * (C::kStages * C::kStageBytes / 16);
+    stages = memory;
     char* bytes = reinterpret_cast<char*>(memory) + C::kStagesBytes;
     q = reinterpret_cast<Half*>(bytes);
     q_sink = reinterpret_cast<Half*>(bytes += C::kQueryBytes);
     new_k = reinterpret_cast<uint4*>(bytes += C::kQueryBytes);
     new_v = reinterpret_cast<uint4*>(bytes += C::kNewRowBytes);
     new_scales = reinterpret_cast<__half*>(bytes += C::kNewRowBytes);
-    scales = reinterpret_cast<uint4*>(bytes += C::kNewScaleBytes) + warp * C::kStages * C::kStageScales;
+    scales = reinterpret_cast<uint4*>(bytes += C::kNewScaleBytes);
     sums = reinterpret_cast<float2*>(bytes += C::kScaleBytes);
     turns = reinterpret_cast<float*>(bytes + C::kSumsBytes);
+    bytes = reinterpret_cast<char*>(memory) + C::kSharedBytes;
+    received = reinterpret_cast<float*>(bytes);
+    received_sums = reinterpret_cast<float2*>(bytes + C::kReceivedBytes);
   }
 
-  __device__ uint4* stage(int i) const { return stages + i * (C::kStageBytes / 16); }
-  __device__ uint4* stageScales(int i) const { return scales + i * C::kStageScales; }
+  __device__ uint4* stage(int warp, int i) const { return stages + (warp * C::kStages + i) * (C::kStageBytes / 16); }
+  __device__ uint4* stageScales(int warp, int i) const { return scales + (warp * C::kStages + i) * C::kStageScales; }
 };
 
 }  // namespace sink_attention

@@ -69,10 +69,13 @@ __global__ void __launch_bounds__(kMergeThreads) mergeSplits(const __grid_consta
   __syncthreads();
   const int head = static_cast<int>(row / p.num_tokens % p.num_q_heads);
   const float normal = normaliser(all, p.sink_logit, head);
-  for (int d = threadIdx.x; d < p.head_dim; d += kMergeThreads) {
-    float x = 0.0f;
-    for (int w = 0; w < kMergeWarps; ++w) x += outs[w * p.head_dim + d];
-    storeOut<Half>(p, row, d, x * normal);
+  for (int d = 2 * threadIdx.x; d < p.head_dim; d += 2 * kMergeThreads) {
+    float2 sum = make_float2(0.0f, 0.0f);
+    for (int w = 0; w < kMergeWarps; ++w) {
+      const float2 part = *reinterpret_cast<const float2*>(outs + w * p.head_dim + d);
+      sum.x += part.x, sum.y += part.y;
+    }
+    storeOut<Half>(p, row, d, make_float2(sum.x * normal, sum.y * normal));
   }
 }
 

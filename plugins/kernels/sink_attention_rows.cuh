@@ -29,7 +29,7 @@ struct Turns {
   int num_sink_pairs;  // of q for the sinks
 };
 
-// Brings what makeTurns will read nearer, while the position is still on its way.
+// Brings what the two below will read nearer.
 __device__ inline void prefetchTurns(const SinkAttentionParams& p, int stream) {
   constexpr int kLineFloats = 32;
   const int num_pairs = p.rotary_dim / 2, at = threadIdx.x * kLineFloats;
@@ -42,40 +42,52 @@ __device__ inline void prefetchTurns(const SinkAttentionParams& p, int stream) {
   }
 }
 
-// By all threads of the block; a barrier must follow. t: position of the token, `token` of T. shared: turnsFloats of
-// them.
-__device__ inline Turns makeTurns(const SinkAttentionParams& p, int stream, int token, int64_t t, float* shared) {
-  Turns turns{shared, shared + p.head_dim / 2, shared + p.head_dim, shared + 3 * (p.head_dim / 2), 0, 0};
-  const int num_pairs = p.rotary_dim / 2;
-  if (p.frequency != nullptr) {
-    turns.num_pairs = turns.num_sink_pairs = num_pairs;
-    const int64_t as_sinks_see_it = t - sinkrt::Ring{p.num_sinks, p.window_size}.shift(t);
-    for (int i = threadIdx.x; i < num_pairs; i += blockDim.x) {
-      float cosine, sine;
-      cosSin(t, p.frequency[i], cosine, sine);
-      turns.cos[i] = cosine * p.rope_scaling, turns.sin[i] = sine * p.rope_scaling;
-      cosSin(as_sinks_see_it, p.frequency[i], cosine, sine);
-      turns.sink_cos[i] = cosine * p.rope_scaling, turns.sink_sin[i] = sine * p.rope_scaling;
-    }
-  } else if (p.shift_cos != nullptr) {
-    turns.num_sink_pairs = num_pairs;
-    const size_t row = (static_cast<size_t>(stream) * p.num_tokens + token) * num_pairs;
-    for (int i = threadIdx.x; i < num_pairs; i += blockDim.x) {
-      turns.sink_cos[i] = p.shift_cos[row + i], turns.sink_sin[i] = -p.shift_sin[row + i];  // back
-    }
+// Rotations from exact phases, if there are frequencies. By all threads of the block; a barrier must follow. t:
+// position of the token. shared: turnsFloats of them.
+__device__ inline Turns makeTurns(const SinkAttentionParams& p, int64_t t, float* shared) {
+  const int half = p.head_dim / 2, num_pairs = p.rotary_dim / 2;
+  Turns turns{shared, shared + half, shared + 2 * half, shared + 3 * half, 0, 0};
+  if (p.frequency == nullptr) return turns;
+  turns.num_pairs = turns.num_sink_pairs = num_pairs;
+  const int64_t as_sinks_see_it = t - sinkrt::Ring{p.num_sinks, p.window_size}.shift(t);
+  for (int i = threadIdx.x; i < 2 * num_pairs; i += blockDim.x) {
+    const bool for_sinks = i >= num_pairs;
+    const int pair = for_sinks ? i - num_pairs : i;
+    float cosine, sine;
+    cosSin(for_sinks ? as_sinks_see_it : t, p.frequency[pair], cosine, sine);
+    (for_sinks ? turns.sink_cos : turns.cos)[pair] = cosine * p.rope_scaling;
+    (for_sinks ? turns.sink_sin : turns.sin)[pair] = sine * p.rope_scaling;
   }
   return turns;
 }
 
-// Element d of a row after its first 2 * num_pairs dimensions were turned.
-template <typename Half>
-__device__ float turned(const Half* row, int d, const float* cos, const float* sin, int num_pairs, bool interleaved) {
-  const float x = toFloat(row[d]);
+// Takes in the caller's rotation back for the sinks, of `token` of T, if there is one. As above.
+__device__ inline void takeShift(const SinkAttentionParams& p, int stream, int token, Turns& turns) {
+  if (p.shift_cos == nullptr) return;
+  turns.num_sink_pairs = p.rotary_dim / 2;
+  const size_t row = (static_cast<size_t>(stream) * p.num_tokens + token) * turns.num_sink_pairs;
+  for (int i = threadIdx.x; i < turns.num_sink_pairs; i += blockDim.x) {
+    turns.sink_cos[i] = p.shift_cos[row + i], turns.sink_sin[i] = -p.shift_sin[row + i];  // back
+  }
+}
+
+// x cos + y sin, rounded alike everywhere: the states of steps and of chunks are the same to the bit.
+__device__ inline float turnedBy(float x, float y, float cosine, float sine) {
+  return __fmaf_rn(x, cosine, __fmul_rn(y, sine));
+}
+
+// Which element is turned with element d < 2 * num_pairs.
+__device__ inline int partnerOf(int d, int num_pairs, bool interleaved) {
+  return interleaved ? d ^ 1 : (d < num_pairs ? d + num_pairs : d - num_pairs);
+}
+
+// Element d of a row, x, after the first 2 * num_pairs were turned; y: its partner's, if it has one.
+__device__ inline float turnedFrom(float x, float y, int d, const float* cos, const float* sin, int num_pairs,
+                                   bool interleaved) {
   if (d >= 2 * num_pairs) return x;
   const bool is_first = interleaved ? d % 2 == 0 : d < num_pairs;
   const int pair = interleaved ? d / 2 : (is_first ? d : d - num_pairs);
-  const float y = toFloat(row[interleaved ? d ^ 1 : (is_first ? d + num_pairs : d - num_pairs)]);
-  return is_first ? x * cos[pair] - y * sin[pair] : x * cos[pair] + y * sin[pair];
+  return turnedBy(x, y, cos[pair], is_first ? -sin[pair] : sin[pair]);
 }
 
 // Scale of an int8 row from the largest magnitude in it: float16(clamp(max|x| / 127, 2^-17, 65504)).

@@ -38,14 +38,15 @@ __device__ inline float normaliser(RowSums sums, const float* sink_logit, int he
   return factor / (sums.sum * factor + exp2Fast(extra - base + kBias));
 }
 
-// row: of [B, Hq, T]. value: of dimension d, normalised.
+// row: of [B, Hq, T]. value: of dimensions d (even) and d + 1, normalised.
 template <typename Half>
-__device__ void storeOut(const SinkAttentionParams& p, size_t row, int d, float value) {
+__device__ void storeOut(const SinkAttentionParams& p, size_t row, int d, float2 value) {
   if (p.gate != nullptr) {
     const auto* gate = static_cast<const Half*>(p.gate) + row * p.gate_dim;
-    value *= 1.0f / (1.0f + __expf(-toFloat(gate[p.gate_dim == 1 ? 0 : d])));
+    const auto factor = [&](int i) { return 1.0f / (1.0f + __expf(-toFloat(gate[p.gate_dim == 1 ? 0 : d + i]))); };
+    value.x *= factor(0), value.y *= factor(1);
   }
-  static_cast<Half*>(p.out)[row * p.head_dim + d] = fromFloat<Half>(value);
+  *reinterpret_cast<uint32_t*>(static_cast<Half*>(p.out) + row * p.head_dim + d) = packHalves<Half>(value.x, value.y);
 }
 
 // The rows that a thread has, 2c and 2c+1 of each row tile, as far as its warp has summed them.
@@ -54,6 +55,7 @@ struct Rows {
   using Half = typename C::Half;
 
   int token[C::kRowTiles][2];
+  int first_token, last_token;  // of the warp's rows
   float slope[C::kRowTiles][2], sink_scale_log2[C::kRowTiles][2];
   RowSums sums[C::kRowTiles][2];
   float out[C::kRowTiles][C::kOutTiles][4];
@@ -64,7 +66,7 @@ struct Rows {
     for (int r = 0; r < C::kRowTiles; ++r) {
 #pragma unroll
       for (int j = 0; j < 2; ++j) {
-        const int row = min(at.row_begin + 8 * r + 2 * at.c + j, at.num_rows - 1), head = at.headOf(row);
+        const int row = min(at.row_begin + at.warp_row + 8 * r + 2 * at.c + j, at.num_rows - 1), head = at.headOf(row);
         token[r][j] = at.tokenOf(row);
         slope[r][j] = p.alibi_slopes != nullptr ? p.alibi_slopes[head] * kLog2E : 0.0f;
         sink_scale_log2[r][j] = p.sink_scale != nullptr ? __log2f(p.sink_scale[head]) : 0.0f;
@@ -75,7 +77,15 @@ struct Rows {
         for (int j = 0; j < 4; ++j) out[r][i][j] = 0.0f;
       }
     }
+    const int first_row = at.row_begin + at.warp_row;
+    first_token = at.tokenOf(min(first_row, at.num_rows - 1));
+    last_token = at.tokenOf(min(first_row + C::kWarpRows, at.num_rows) - 1);
     logit_scale = p.softcap != 0.0f ? p.scale / p.softcap : p.scale * kLog2E;
+  }
+
+  // Whether logits are q . k times a factor.
+  __device__ static bool isPlain(const SinkAttentionParams& p) {
+    return p.softcap == 0.0f && p.alibi_slopes == nullptr && p.sink_scale == nullptr;
   }
 
   // Makes the base of row tile r high enough for a thread's largest logits, and its sums smaller where it rises.
@@ -147,9 +157,9 @@ struct Rows {
         float sum = sums[r][j].sum;
 #pragma unroll
         for (int other = 4; other < 32; other *= 2) sum += __shfl_xor_sync(kAllLanes, sum, other);
-        if (at.g == 0) memory.sums[at.warp * C::kRows + 8 * r + 2 * at.c + j] = make_float2(sums[r][j].base, sum);
+        if (at.g == 0) memory.sums[at.warp * C::kWarpRows + 8 * r + 2 * at.c + j] = make_float2(sums[r][j].base, sum);
       }
-      float* target = memory.outs + (at.warp * C::kRows + 8 * r + 2 * at.c) * C::kHeadDim;
+      float* target = memory.outs + (at.warp * C::kWarpRows + 8 * r + 2 * at.c) * C::kHeadDim;
 #pragma unroll
       for (int i = 0; i < C::kOutTiles; ++i) {
         const int d = C::outDim(i, at.g);

@@ -52,6 +52,57 @@ __device__ void loadScales(const ScaleSource& source, int row0, uint4* target, i
   copyAsync(target + lane, source.at + (left > 0 ? 2 * row0 : 0), left >= 8 ? 16 : left > 0 ? 2 * left : 0);
 }
 
+// A step's queries, in shared memory.
+template <typename C>
+struct StepQueries {
+  const typename C::Half* row;  // of the lane's group
+  int c;
+
+  __device__ uint4 piece(int r, int i) const {
+    return *reinterpret_cast<const uint4*>(row + 8 * r * C::kRowStride + 8 * C::keyPiece(i, c));
+  }
+  __device__ uint2 tail(int r, int i) const {
+    return *reinterpret_cast<const uint2*>(row + 8 * r * C::kRowStride + C::keyTailDim(c) + 4 * i);
+  }
+};
+
+// A chunk's queries: a lane's share of them, in registers if they are held.
+template <typename C>
+struct ChunkQueries {
+  using Half = typename C::Half;
+  static constexpr int kPieces = C::kHoldsQueries ? C::kKeyPieces : 0, kTails = C::kHoldsQueries ? C::kKeyTail / 16 : 0;
+
+  const Half* rows[C::kRowTiles];
+  int c;
+  uint4 pieces[C::kRowTiles][kPieces + 1];  // one more: there are no arrays of none
+  uint2 tails[C::kRowTiles][kTails + 1];
+
+  // rows: in global memory, of the lane's group in each row tile.
+  __device__ void take(const Half* const (&from)[C::kRowTiles], int lane_in_quad) {
+    c = lane_in_quad;
+#pragma unroll
+    for (int r = 0; r < C::kRowTiles; ++r) {
+      rows[r] = from[r];
+#pragma unroll
+      for (int i = 0; i < kPieces; ++i) pieces[r][i] = read<uint4>(r, 8 * C::keyPiece(i, c));
+#pragma unroll
+      for (int i = 0; i < kTails; ++i) tails[r][i] = read<uint2>(r, C::keyTailDim(c) + 4 * i);
+    }
+  }
+  __device__ uint4 piece(int r, int i) const {
+    return C::kHoldsQueries ? pieces[r][i % (kPieces + 1)] : read<uint4>(r, 8 * C::keyPiece(i, c));
+  }
+  __device__ uint2 tail(int r, int i) const {
+    return C::kHoldsQueries ? tails[r][i % (kTails + 1)] : read<uint2>(r, C::keyTailDim(c) + 4 * i);
+  }
+
+ private:
+  template <typename Word>
+  __device__ Word read(int r, int dim) const {
+    return *reinterpret_cast<const Word*>(rows[r] + dim);
+  }
+};
+
 // A tile in a stage: rows of keys, then rows of values.
 template <typename C, bool kInt8Tile>
 struct Tile {
@@ -69,7 +120,6 @@ struct Tile {
   static_assert(2 * 16 * kKeys * kStride <= C::kStageBytes);
 
   using Dots = float[C::kRowTiles][kSteps][4];
-  using Weights = uint32_t[C::kRowTiles][kGroups];  // pairs of halves
   using Outs = float[C::kRowTiles][C::kOutTiles][4];
 
   // Where the i-th piece of lane c of a quad is in a row.
@@ -113,17 +163,23 @@ struct Tile {
     }
   }
 
+  // Zeros for values that are not there, from row `first` on: they may be anything, and their weights are zero.
+  static __device__ void clearValues(int first, uint4* stage, int lane) {
+    for (int i = lane; i < (kKeys - first) * kRowPieces; i += 32) {
+      stage[kValuesAt + (first + i / kRowPieces) * kStride + i % kRowPieces] = make_uint4(0, 0, 0, 0);
+    }
+  }
+
   // Adds q . k, no scales yet: [row tile][16 keys]{key of g: rows 2c, 2c+1; key of 8 + g: likewise}.
-  static __device__ void multiplyKeys(const Half* q, const uint4* stage, int lane, Dots& dots) {
+  template <typename Queries>
+  static __device__ void multiplyKeys(const Queries& queries, const uint4* stage, int lane, Dots& dots) {
     const int g = lane / 4, c = lane % 4;
     auto rowOf = [&](int group) { return stage + keyRow(group, g) * kStride; };
 #pragma unroll
     for (int i = 0; i < C::kKeyPieces; ++i) {
       uint4 query[C::kRowTiles];
 #pragma unroll
-      for (int r = 0; r < C::kRowTiles; ++r) {
-        query[r] = *reinterpret_cast<const uint4*>(q + (8 * r + g) * C::kRowStride + 8 * C::keyPiece(i, c));
-      }
+      for (int r = 0; r < C::kRowTiles; ++r) query[r] = queries.piece(r, i);
 #pragma unroll
       for (int step = 0; step < kSteps; ++step) {
         uint4 k[2] = {};
@@ -145,20 +201,19 @@ struct Tile {
         }
       }
     }
-    multiplyKeyTails(q, stage, lane, dots);
+    multiplyKeyTails(queries, stage, lane, dots);
   }
 
   // The same of the dimensions that are left over, 4 of each lane at a time.
-  static __device__ void multiplyKeyTails(const Half* q, const uint4* stage, int lane, Dots& dots) {
+  template <typename Queries>
+  static __device__ void multiplyKeyTails(const Queries& queries, const uint4* stage, int lane, Dots& dots) {
     const int g = lane / 4, c = lane % 4;
 #pragma unroll
     for (int i = 0; i < C::kKeyTail / 16; ++i) {
       const int d = C::keyTailDim(c) + 4 * i;
       uint2 query[C::kRowTiles];
 #pragma unroll
-      for (int r = 0; r < C::kRowTiles; ++r) {
-        query[r] = *reinterpret_cast<const uint2*>(q + (8 * r + g) * C::kRowStride + d);
-      }
+      for (int r = 0; r < C::kRowTiles; ++r) query[r] = queries.tail(r, i);
 #pragma unroll
       for (int step = 0; step < kSteps; ++step) {
         uint2 k[2] = {};
@@ -180,9 +235,10 @@ struct Tile {
   }
 
   // The 16 keys of one step, kDims dimensions of each lane (from `dim` on), to the output tiles from first_tile on.
-  template <int kDims>
-  static __device__ void addPiece(const Weights& weights, const uint4* stage, int step, int dim, int first_tile, int c,
-                                  Outs& out) {
+  // weights: pairs of halves, of the tile's groups of 8 keys from `group` on.
+  template <int kDims, int kAll>
+  static __device__ void addPiece(const uint32_t (&weights)[C::kRowTiles][kAll], int group, const uint4* stage,
+                                  int step, int dim, int first_tile, int c, Outs& out) {
     constexpr int kBytes = kDims * kElement, kWords = divideUp(kBytes, 4);
     struct alignas(kBytes) Piece {
       std::conditional_t<kBytes == 2, uint16_t, uint32_t> word[kWords];
@@ -198,8 +254,8 @@ struct Tile {
     auto add = [&](int tile, const uint32_t (&a)[4]) {
 #pragma unroll
       for (int r = 0; r < C::kRowTiles; ++r) {
-        const uint32_t upper = 2 * step + 1 < kGroups ? weights[r][(2 * step + 1) % kGroups] : 0;
-        multiplyAdd<Half>(out[r][tile], a, weights[r][2 * step], upper);
+        const uint32_t upper = 2 * step + 1 < kGroups ? weights[r][group + (2 * step + 1) % kGroups] : 0;
+        multiplyAdd<Half>(out[r][tile], a, weights[r][group + 2 * step], upper);
       }
     };
 #pragma unroll
@@ -221,16 +277,18 @@ struct Tile {
   }
 
   // Adds weights . v of the tile.
-  static __device__ void addValues(const Weights& weights, const uint4* stage, int lane, Outs& out) {
+  template <int kAll>
+  static __device__ void addValues(const uint32_t (&weights)[C::kRowTiles][kAll], int group, const uint4* stage,
+                                   int lane, Outs& out) {
     const int g = lane / 4, c = lane % 4;
 #pragma unroll
     for (int step = 0; step < kSteps; ++step) {
 #pragma unroll
       for (int tile = 0; tile < C::kWholeTiles; tile += kTilesOfRead) {
-        addPiece<2 * kTilesOfRead>(weights, stage, step, C::outDim(tile, g), tile, c, out);
+        addPiece<2 * kTilesOfRead>(weights, group, stage, step, C::outDim(tile, g), tile, c, out);
       }
       if constexpr (C::kValueTail > 0) {
-        addPiece<C::kValueTail / 8>(weights, stage, step, C::valueTailDim(g), C::kWholeTiles, c, out);
+        addPiece<C::kValueTail / 8>(weights, group, stage, step, C::valueTailDim(g), C::kWholeTiles, c, out);
       }
     }
   }

@@ -178,6 +178,7 @@ class SinkAttention final : public KernelOperator<SinkAttentionParams, sinkAtten
     p.num_sinks = num_sinks_;
     p.dtype = halfType(inputs[kQ].type);
     p.int8_window = int8_window_ != 0;
+    p.settled_states = true;  // one node has them; between its runs lies the copy of the engine's inputs
     if (has_gate_) {
       const nvinfer1::Dims& gate = inputs[gateAt()].dims;
       p.gate_dim = gate.nbDims > 0 ? static_cast<int>(gate.d[gate.nbDims - 1]) : 0;

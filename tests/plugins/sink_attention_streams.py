@@ -14,13 +14,17 @@ from tests.plugins.sink_attention_reference import Case, Tokens
 
 @dataclasses.dataclass
 class Streams:
-    """One layer's states and buffers for runs of T = num_tokens tokens. is_packed: q, k and v are one array."""
+    """One layer's states and buffers for runs of T = num_tokens tokens.
+
+    is_packed: q, k and v are one array. is_settled: steps may read states before earlier kernels have ended.
+    """
 
     library: SinkAttention
     case: Case
     tokens: Tokens
     num_tokens: int
     is_packed: bool = False
+    is_settled: bool = True
 
     def __post_init__(self) -> None:
         case, count, batch = self.case, self.num_tokens, self.case.batch
@@ -82,6 +86,7 @@ class Streams:
             window_size=case.window_size,
             dtype=DTYPES[str(half).removeprefix("torch.")],
             int8_window=case.kv == "int8",
+            settled_states=self.is_settled,
             rope_scaling=case.rope_scaling,
             rotary_dim=case.rotary_dim,
             interleaved=case.interleaved,

@@ -120,6 +120,33 @@ def test_steps_and_chunks(library, record_property, case):
             assert torch.equal(state.bits(), chunks.states[name].bits()), name
 
 
+@pytest.mark.parametrize("num_q_heads", [4, 16])
+@pytest.mark.parametrize("kv", ["fp", "int8"])
+def test_states_read_early_give_the_same_bits(library, kv, num_q_heads):
+    """Steps that follow each other at once, each with the row that the one before wrote: only a kernel that waits may
+    be early, and where nothing is written in between, both are the same."""
+    case = Case(num_q_heads, 2, 128, 4, 500, torch.float16, kv=kv, rotation="kernel", rotary_dim=128, batch=1)
+    count = 64
+    tokens = Tokens.random(case, torch.arange(count, device="cuda").expand(1, -1))
+    waiting, early = (Streams(library, case, tokens, 1, is_settled=is_settled) for is_settled in (False, True))
+    chain = [Streams(library, case, tokens, 1, is_settled=False) for _ in range(count)]
+    for i, one in enumerate(chain):
+        one.fill([i], [1])
+        for name in waiting.states:
+            setattr(one.params, name, chain[0].states[name].address)
+    torch.cuda.synchronize()
+    for one in chain:  # nothing but these kernels
+        one.launch()
+    torch.cuda.synchronize()
+    for i, one in enumerate(chain):
+        want = waiting.run([i], [1])
+        assert torch.equal(early.run([i], [1]), want)
+        assert torch.equal(one.out.tensor, want)
+    for name, state in waiting.states.items():
+        assert torch.equal(state.bits(), early.states[name].bits()), name
+        assert torch.equal(state.bits(), chain[0].states[name].bits()), name
+
+
 @pytest.mark.parametrize("kv", ["fp", "int8"])
 def test_packed_inputs_are_separate_ones_to_the_bit(library, kv):
     case = Case(6, 2, 96, 4, 20, torch.float16, kv=kv, rotation="kernel", rotary_dim=96, gate_dim=96)
