@@ -10,8 +10,11 @@
 // share of four tiles, for both of its rows, and k as with one load of half weights. Two tiles are summed from zero;
 // the block's scale joins as that is added to the rest.
 //
+// - Up to 8 tokens whose inputs a block can hold: linear_resident.cuh, with the norm before and the gate after.
 // - Up to 16 tokens: linear_few.cuh.
 // - More tokens: linear_many.cuh.
+//
+// In the last two a norm and a gate are launches of their own, before and after.
 #include "linear.h"
 
 #include <algorithm>
@@ -19,7 +22,9 @@
 #include "linear.cuh"
 #include "linear_few.cuh"
 #include "linear_many.cuh"
+#include "linear_resident.cuh"
 #include "problem.h"
+#include "rms_norm.h"
 
 namespace sinkexport {
 namespace linear {
@@ -91,18 +96,127 @@ cudaError_t launchFew(const LinearParams& p, const Device& device, cudaStream_t 
   return launchFew<Int4, Half, 1, 2, 4, 2, kHalfLine>(OneMatrix{p}, device, stream);
 }
 
+// Tokens in shared memory. True: launched, or `error`.
 template <typename Weight, typename Half>
-cudaError_t launchTyped(const LinearParams& p, void* workspace, const Device& device, cudaStream_t stream) {
+bool launchHeld(const LinearParams& p, const Device& device, cudaStream_t stream, cudaError_t& error) {
+  if (!isResident(p)) return false;
+  if (p.is_gated) {
+    constexpr int kStages = kIsInt4<Weight> ? 2 : 3, kLine = kIsInt4<Weight> ? 2 * kLineBytes : kLineBytes;
+    constexpr int kWarps = kIsInt4<Weight> ? 4 : 8;
+    return launchResident<Weight, Half, 2, kWarps, kStages, kLine>(p, device, stream, error, true) ||
+           launchResident<Weight, Half, 2, 8, 2, kLineBytes>(p, device, stream, error, true) ||
+           launchResident<Weight, Half, 2, 4, 2, kLineBytes>(p, device, stream, error);
+  }
+  if constexpr (kIsInt4<Weight>) {
+    constexpr int kLongLine = 2 * kLineBytes;
+    const auto isEven = [&](int rows, int slack) {
+      return 8 * mostOutputs(p, rows, device) <= (8 + slack) * mostOutputs(p, 16, device);
+    };
+    if (p.num_rows <= 4 && isEven(32, 0) &&
+        launchResident<Int4, Half, 2, 4, 2, kLongLine>(p, device, stream, error, true)) {
+      return true;
+    }
+    if (isEven(48, 1) && (launchResident<Int4, Half, 3, 6, 2>(p, device, stream, error, true) ||
+                          launchResident<Int4, Half, 3, 4, 2>(p, device, stream, error, true))) {
+      return true;
+    }
+  }
+  return launchResident<Weight, Half, 1, 8, 4>(p, device, stream, error, true) ||
+         launchResident<Weight, Half, 1, 4, 3>(p, device, stream, error);
+}
+
+template <typename Weight, typename Half>
+cudaError_t launchPlain(const LinearParams& p, void* workspace, const Device& device, cudaStream_t stream) {
   if (p.num_rows <= kFewTokens) return launchFew<Half>(p, device, stream, Weight{});
   return withManyShape(p, [&](auto shape, const ManyPlan& plan) {
     return launchMany<Weight, Half, decltype(shape)>(p, plan, workspace, device, stream);
   });
 }
 
+// Memory of a launch: partial sums, the norm of x, gate | up. Each begins at a multiple of 16.
+struct Workspace {
+  size_t norm_at, gates_at, bytes;
+
+  explicit Workspace(const LinearParams& p) {
+    const auto padded = [](size_t size) { return (size + 15) / 16 * 16; };
+    norm_at = padded(partialBytes(p));
+    gates_at = norm_at + (p.norm_weight ? padded(size_t{2} * p.num_rows * p.num_inputs) : 0);
+    bytes = gates_at + (p.is_gated ? padded(size_t{2} * p.num_rows * p.num_outputs) : 0);
+  }
+
+ private:
+  static size_t partialBytes(const LinearParams& p) {
+    if (p.num_rows <= kFewTokens) return 0;
+    return withManyShape(p, [&](auto, const ManyPlan& plan) {
+      return plan.grid.z > 1 ? sizeof(float) * plan.grid.z * p.num_rows * p.num_outputs : size_t{0};
+    });
+  }
+};
+
+// Puts the norm of x into memory and in the place of x.
+cudaError_t launchNorm(LinearParams& p, void* normed, cudaStream_t stream) {
+  RmsNormParams norm;
+  norm.num_rows = p.num_rows, norm.row_length = p.num_inputs;
+  norm.dtype = p.dtype, norm.float_weight = p.float_norm_weight, norm.epsilon = p.norm_epsilon;
+  norm.x = p.x, norm.weight = p.norm_weight, norm.y = normed;
+  p.x = normed, p.norm_weight = nullptr;
+  return launchRmsNorm(norm, stream);
+}
+
+cudaError_t launchGate(const LinearParams& p, const void* gates, cudaStream_t stream) {
+  GatedActivationParams gate;
+  gate.num_rows = p.num_rows, gate.width = p.num_outputs / 2, gate.row_stride = p.num_outputs;
+  gate.dtype = p.dtype, gate.activation = p.activation;
+  gate.gate = gates, gate.up = static_cast<const uint16_t*>(gates) + gate.width, gate.out = p.y;
+  return launchGatedActivation(gate, stream);
+}
+
+template <typename Weight, typename Half>
+cudaError_t launchTyped(LinearParams p, unsigned char* workspace, const Device& device, cudaStream_t stream) {
+  cudaError_t error = cudaSuccess;
+  if (launchHeld<Weight, Half>(p, device, stream, error)) return error;
+  const Workspace parts(p);
+  if (p.norm_weight) error = launchNorm(p, workspace + parts.norm_at, stream);
+  if (error != cudaSuccess || !p.is_gated) {
+    return error != cudaSuccess ? error : launchPlain<Weight, Half>(p, workspace, device, stream);
+  }
+  LinearParams both = p;
+  both.is_gated = false, both.y = workspace + parts.gates_at;
+  error = launchPlain<Weight, Half>(both, workspace, device, stream);
+  return error != cudaSuccess ? error : launchGate(p, both.y, stream);
+}
+
 template <typename Half>
 cudaError_t launchTyped(const LinearParams& p, void* workspace, const Device& device, cudaStream_t stream) {
-  return withWeight<Half>(
-      p.weight_type, [&](auto weight) { return launchTyped<decltype(weight), Half>(p, workspace, device, stream); });
+  return withWeight<Half>(p.weight_type, [&](auto weight) {
+    return launchTyped<decltype(weight), Half>(p, static_cast<unsigned char*>(workspace), device, stream);
+  });
+}
+
+// What is wrong with what stands beside the matmul.
+const char* besideProblem(const LinearParams& p) {
+  if (p.norm_weight) {
+    RmsNormParams norm;
+    norm.num_rows = p.num_rows, norm.row_length = p.num_inputs;
+    norm.dtype = p.dtype, norm.float_weight = p.float_norm_weight, norm.epsilon = p.norm_epsilon;
+    norm.x = p.x, norm.weight = p.norm_weight, norm.y = p.y;
+    if (const char* problem = rmsNormProblem(norm)) return problem;
+  } else if (p.float_norm_weight || p.norm_epsilon != 0.0f) {
+    return "float_norm_weight, norm_epsilon: received one of them, expected none without norm_weight";
+  }
+  if (!p.is_gated) {
+    if (p.activation == Activation::kSilu) return nullptr;
+    return explain("activation: received %d, expected 0 without a gate", static_cast<int>(p.activation));
+  }
+  if (p.activation < Activation::kSilu || p.activation > Activation::kGeluTanh) {
+    return explain("activation: received %d, expected 0 (silu), 1 (gelu) or 2 (gelu by tanh)",
+                   static_cast<int>(p.activation));
+  }
+  if (p.num_outputs % (2 * kInt4TileOutputs)) {
+    return explain("num_outputs: received %d, expected a multiple of %d with a gate", p.num_outputs,
+                   2 * kInt4TileOutputs);
+  }
+  return p.residual ? "residual: received a pointer, expected null with a gate" : nullptr;
 }
 
 }  // namespace
@@ -111,10 +225,7 @@ cudaError_t launchTyped(const LinearParams& p, void* workspace, const Device& de
 using namespace linear;
 
 size_t linearWorkspaceBytes(const LinearParams& params) {
-  if (params.num_rows <= kFewTokens || params.num_inputs < 1 || params.num_outputs < 1) return 0;
-  return withManyShape(params, [&](auto, const ManyPlan& plan) {
-    return plan.grid.z > 1 ? sizeof(float) * plan.grid.z * params.num_rows * params.num_outputs : size_t{0};
-  });
+  return params.num_rows < 1 || params.num_inputs < 1 || params.num_outputs < 1 ? 0 : Workspace(params).bytes;
 }
 
 const char* linearProblem(const LinearParams& p) {
@@ -124,14 +235,18 @@ const char* linearProblem(const LinearParams& p) {
   if (const char* problem = weightProblem(p)) return problem;
   if (const char* problem = dtypeProblem(p.dtype)) return problem;
   const size_t rows = p.num_rows, inputs = p.num_inputs, outputs = p.num_outputs;
+  const size_t bytes_of_norm = p.float_norm_weight ? 4 : 2;
   const WeightBytes bytes = weightBytes(p);
-  return outputProblem({"y", p.y, rows * outputs * 2},
-                       {{"x", p.x, rows * inputs * 2},
-                        {"weight", p.weight, bytes.weight},
-                        {"scale", p.scale, bytes.scale, !bytes.scale},
-                        {"block_scale", p.block_scale, bytes.block_scale, !bytes.block_scale},
-                        {"zero_points", p.zero_points, bytes.zero_points, true},
-                        {"bias", p.bias, outputs * 2, true}});
+  const char* problem = outputProblem({"y", p.y, rows * outputs * (p.is_gated ? 1 : 2)},
+                                      {{"x", p.x, rows * inputs * 2},
+                                       {"weight", p.weight, bytes.weight},
+                                       {"scale", p.scale, bytes.scale, !bytes.scale},
+                                       {"block_scale", p.block_scale, bytes.block_scale, !bytes.block_scale},
+                                       {"zero_points", p.zero_points, bytes.zero_points, true},
+                                       {"bias", p.bias, outputs * 2, true},
+                                       {"norm_weight", p.norm_weight, inputs * bytes_of_norm, true},
+                                       {"residual", p.residual, rows * outputs * 2, true}});
+  return problem ? problem : besideProblem(p);
 }
 
 cudaError_t launchLinear(const LinearParams& params, void* workspace, cudaStream_t stream) {
