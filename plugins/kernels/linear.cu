@@ -13,8 +13,9 @@
 // - Up to 8 tokens whose inputs a block can hold: linear_resident.cuh, with the norm before and the gate after.
 // - Up to 16 tokens: linear_few.cuh.
 // - More tokens: linear_many.cuh.
+// - From kWideTokens tokens on, on GPUs of compute capability 9.0: linear_wide.cuh, with most gates.
 //
-// In the last two a norm and a gate are launches of their own, before and after.
+// Else a norm and a gate are launches of their own, before and after.
 #include "linear.h"
 
 #include <algorithm>
@@ -23,6 +24,7 @@
 #include "linear_few.cuh"
 #include "linear_many.cuh"
 #include "linear_resident.cuh"
+#include "linear_wide.h"
 #include "problem.h"
 #include "rms_norm.h"
 
@@ -125,9 +127,19 @@ bool launchHeld(const LinearParams& p, const Device& device, cudaStream_t stream
          launchResident<Weight, Half, 1, 4, 3>(p, device, stream, error);
 }
 
+// By whole warpgroups. True: launched, or `error`.
+bool launchedWide(const LinearParams& p, void* workspace, const Device& device, cudaStream_t stream,
+                  cudaError_t& error) {
+  bool launched = false;
+  if (takesWide(p)) error = launchWide(p, workspace, device, stream, launched);
+  return launched || error != cudaSuccess;
+}
+
 template <typename Weight, typename Half>
 cudaError_t launchPlain(const LinearParams& p, void* workspace, const Device& device, cudaStream_t stream) {
   if (p.num_rows <= kFewTokens) return launchFew<Half>(p, device, stream, Weight{});
+  cudaError_t error = cudaSuccess;
+  if (launchedWide(p, workspace, device, stream, error)) return error;
   return withManyShape(p, [&](auto shape, const ManyPlan& plan) {
     return launchMany<Weight, Half, decltype(shape)>(p, plan, workspace, device, stream);
   });
@@ -145,11 +157,13 @@ struct Workspace {
   }
 
  private:
-  static size_t partialBytes(const LinearParams& p) {
+  static size_t partialBytes(LinearParams p) {
+    p.is_gated = false;
     if (p.num_rows <= kFewTokens) return 0;
-    return withManyShape(p, [&](auto, const ManyPlan& plan) {
+    const size_t bytes = withManyShape(p, [&](auto, const ManyPlan& plan) {
       return plan.grid.z > 1 ? sizeof(float) * plan.grid.z * p.num_rows * p.num_outputs : size_t{0};
     });
+    return takesWide(p) ? std::max(bytes, wideWorkspaceBytes(p)) : bytes;
   }
 };
 
@@ -180,6 +194,7 @@ cudaError_t launchTyped(LinearParams p, unsigned char* workspace, const Device& 
   if (error != cudaSuccess || !p.is_gated) {
     return error != cudaSuccess ? error : launchPlain<Weight, Half>(p, workspace, device, stream);
   }
+  if (launchedWide(p, workspace, device, stream, error)) return error;
   LinearParams both = p;
   both.is_gated = false, both.y = workspace + parts.gates_at;
   error = launchPlain<Weight, Half>(both, workspace, device, stream);

@@ -211,11 +211,12 @@ cudaError_t launchTyped(const LinearParams& p, void* workspace, const Device& de
 }  // namespace
 
 #ifndef SINKEXPORT_WIDE_TOKENS
-#define SINKEXPORT_WIDE_TOKENS 65  // from here on; fewer for tests
+#define SINKEXPORT_WIDE_TOKENS 65  // for tests: others
 #endif
+constexpr int kWideTokens = SINKEXPORT_WIDE_TOKENS;
 
 bool takesWide(const LinearParams& p) {
-  if (p.num_rows < SINKEXPORT_WIDE_TOKENS) return false;
+  if (p.num_rows < kWideTokens) return false;
   return !p.is_gated || (p.weight_type != WeightType::kInt4 && p.activation != Activation::kGelu);
 }
 
