@@ -324,6 +324,7 @@ struct WideMatmul {
   // Integers: while those of one stage are under way, the next one's factors are made.
   __device__ __forceinline__ void multiplyIntegers(float (&sum)[Shape::kSums], int num_steps) {
     Factors factors[2];
+    int before = -1;
     const auto multiply = [&](const Factors& a, Factors& next, int step) {
       const uint64_t b = describeFactor(sharedAddress(stages + turn.stage * Shape::kStageBytes));
       const int stage = turn.stage;
@@ -331,16 +332,19 @@ struct WideMatmul {
 #pragma unroll
       for (int s = 0; s < kWideSteps; ++s) multiplyWide<Half>(sum, a[s], b + s * kFactorStep, step > 0 || s > 0);
       commitMatmuls();
+      waitForMatmuls<1>();
+      if (before >= 0) release(before);
+      before = stage;
       turn.advance();
       if (step + 1 < num_steps) takeFactors(next, turn);
-      waitForMatmuls<0>();
-      release(stage);
     };
     takeFactors(factors[0], turn);
     for (int step = 0; step < num_steps; step += 2) {
       multiply(factors[0], factors[1], step);
       if (step + 1 < num_steps) multiply(factors[1], factors[0], step + 1);
     }
+    waitForMatmuls<0>();
+    release(before);
   }
 
   __device__ __forceinline__ void operator()(float (&sum)[Shape::kSums], int num_steps) {
