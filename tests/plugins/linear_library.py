@@ -14,5 +14,7 @@ Interface = TypeVar("Interface", Linear, ExpertLinear, Int4Rows)
 def build(interface: type[Interface], folder: Path, architecture: str) -> Interface:
     """Compiled for one `architecture`, like "sm_90" or "native"."""
     target, name = f"-arch={architecture}", interface.NAME
-    objects = compile_sources(folder, [KERNELS / f"{name}.cu", CAPI / f"{name}.cpp"], "-O3", target)
+    also = ["rms_norm", "gated_activation"] if interface is Linear else []  # what it launches besides
+    sources = [*(KERNELS / f"{kernel}.cu" for kernel in (name, *also)), CAPI / f"{name}.cpp"]
+    objects = compile_sources(folder, sources, "-O3", target)
     return interface(link(folder / f"lib{name}.so", objects, target))
