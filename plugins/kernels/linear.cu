@@ -49,24 +49,24 @@ template <typename Weight, typename Half, int kRowTiles, int kTokenTiles, int kW
 bool launchTall(const LinearParams& p, const Device& device, cudaStream_t stream, cudaError_t& error, int slack = 1) {
   if (fewSharedBytes<Weight, kLine>(kRowTiles, p.num_rows, kWarps, kStages) > device.shared_bytes) return false;
   if (8 * mostOutputs(p, 16 * kRowTiles, device) > (8 + slack) * mostOutputs(p, 16, device)) return false;
-  error = launchFew<Weight, Half, kRowTiles, kTokenTiles, kWarps, kStages, kLine>(OneMatrix{p}, device, stream);
+  error = launchFew<Weight, Half, kRowTiles, kTokenTiles, kWarps, kStages, kLine>(OneMatrix<>{p}, device, stream);
   return true;
 }
 
 template <typename Half>
 cudaError_t launchFew(const LinearParams& p, const Device& device, cudaStream_t stream, Half /*weight*/) {
-  if (p.num_rows <= 8) return launchFew<Half, Half, 1, 1, 8, 3>(OneMatrix{p}, device, stream);
+  if (p.num_rows <= 8) return launchFew<Half, Half, 1, 1, 8, 3>(OneMatrix<>{p}, device, stream);
   cudaError_t error = cudaSuccess;
   constexpr int kManyOutputs = 1 << 15;
   if (p.num_outputs >= kManyOutputs && launchTall<Half, Half, 2, 2, 4, 3, kLineBytes>(p, device, stream, error)) {
     return error;
   }
-  return launchFew<Half, Half, 1, 2, 8, 3>(OneMatrix{p}, device, stream);
+  return launchFew<Half, Half, 1, 2, 8, 3>(OneMatrix<>{p}, device, stream);
 }
 
 template <typename Half>
 cudaError_t launchFew(const LinearParams& p, const Device& device, cudaStream_t stream, int8_t /*weight*/) {
-  if (p.num_rows <= 8) return launchFew<int8_t, Half, 1, 1, 8, 3>(OneMatrix{p}, device, stream);
+  if (p.num_rows <= 8) return launchFew<int8_t, Half, 1, 1, 8, 3>(OneMatrix<>{p}, device, stream);
   constexpr int kHalfLine = kLineBytes / 2;
   cudaError_t error = cudaSuccess;
   if (launchTall<int8_t, Half, 4, 2, 4, 3, kHalfLine>(p, device, stream, error) ||
@@ -74,9 +74,9 @@ cudaError_t launchFew(const LinearParams& p, const Device& device, cudaStream_t 
     return error;
   }
   if (fewSharedBytes<int8_t, kHalfLine>(2, p.num_rows, 8, 4) <= device.shared_bytes) {
-    return launchFew<int8_t, Half, 2, 2, 8, 4, kHalfLine>(OneMatrix{p}, device, stream);
+    return launchFew<int8_t, Half, 2, 2, 8, 4, kHalfLine>(OneMatrix<>{p}, device, stream);
   }
-  return launchFew<int8_t, Half, 1, 2, 8, 2>(OneMatrix{p}, device, stream);
+  return launchFew<int8_t, Half, 1, 2, 8, 2>(OneMatrix<>{p}, device, stream);
 }
 
 template <typename Half>
@@ -88,40 +88,28 @@ cudaError_t launchFew(const LinearParams& p, const Device& device, cudaStream_t 
       return error;
     if (p.num_rows <= 2 && launchTall<Int4, Half, 3, 1, 6, 2, kLineBytes>(p, device, stream, error)) return error;
     if (p.num_rows > 2 && launchTall<Int4, Half, 3, 1, 4, 2, kLineBytes>(p, device, stream, error)) return error;
-    if (p.num_rows <= 4) return launchFew<Int4, Half, 1, 1, 8, 2>(OneMatrix{p}, device, stream);
-    return launchFew<Int4, Half, 2, 1, 8, 3, kHalfLine>(OneMatrix{p}, device, stream);
+    if (p.num_rows <= 4) return launchFew<Int4, Half, 1, 1, 8, 2>(OneMatrix<>{p}, device, stream);
+    return launchFew<Int4, Half, 2, 1, 8, 3, kHalfLine>(OneMatrix<>{p}, device, stream);
   }
   if (launchTall<Int4, Half, 3, 2, 4, 2, kHalfLine>(p, device, stream, error)) return error;
   if (fewSharedBytes<Int4, kHalfLine>(2, p.num_rows, 4, 2) <= device.shared_bytes) {
-    return launchFew<Int4, Half, 2, 2, 8, 2, kHalfLine>(OneMatrix{p}, device, stream);
+    return launchFew<Int4, Half, 2, 2, 8, 2, kHalfLine>(OneMatrix<>{p}, device, stream);
   }
-  return launchFew<Int4, Half, 1, 2, 4, 2, kHalfLine>(OneMatrix{p}, device, stream);
+  return launchFew<Int4, Half, 1, 2, 4, 2, kHalfLine>(OneMatrix<>{p}, device, stream);
 }
 
 // Tokens in shared memory. True: launched, or `error`.
 template <typename Weight, typename Half>
 bool launchHeld(const LinearParams& p, const Device& device, cudaStream_t stream, cudaError_t& error) {
-  if (!isResident(p)) return false;
+  if (!isResident(p, device)) return false;
   if (p.is_gated) {
-    constexpr int kStages = kIsInt4<Weight> ? 2 : 3, kLine = kIsInt4<Weight> ? 2 * kLineBytes : kLineBytes;
-    constexpr int kWarps = kIsInt4<Weight> ? 4 : 8;
-    return launchResident<Weight, Half, 2, kWarps, kStages, kLine>(p, device, stream, error, true) ||
-           launchResident<Weight, Half, 2, 8, 2, kLineBytes>(p, device, stream, error, true) ||
-           launchResident<Weight, Half, 2, 4, 2, kLineBytes>(p, device, stream, error);
+    constexpr int kWarps = kIsInt4<Weight> ? 4 : 8, kStages = kIsInt4<Weight> ? 4 : 3;
+    return launchResident<Weight, Half, 2, kWarps, kStages, kLineBytes, true>(p, device, stream, error, true) ||
+           launchResident<Weight, Half, 2, 4, 2, kLineBytes, true>(p, device, stream, error);
   }
   if constexpr (kIsInt4<Weight>) {
-    constexpr int kLongLine = 2 * kLineBytes;
-    const auto isEven = [&](int rows, int slack) {
-      return 8 * mostOutputs(p, rows, device) <= (8 + slack) * mostOutputs(p, 16, device);
-    };
-    if (p.num_rows <= 4 && isEven(32, 0) &&
-        launchResident<Int4, Half, 2, 4, 2, kLongLine>(p, device, stream, error, true)) {
-      return true;
-    }
-    if (isEven(48, 1) && (launchResident<Int4, Half, 3, 6, 2>(p, device, stream, error, true) ||
-                          launchResident<Int4, Half, 3, 4, 2>(p, device, stream, error, true))) {
-      return true;
-    }
+    const bool is_even = mostOutputs(p, 32, device) <= mostOutputs(p, 16, device);
+    if (is_even && launchResident<Int4, Half, 2, 4, 4>(p, device, stream, error, true)) return true;
   }
   return launchResident<Weight, Half, 1, 8, 4>(p, device, stream, error, true) ||
          launchResident<Weight, Half, 1, 4, 3>(p, device, stream, error);
@@ -133,6 +121,29 @@ bool launchedWide(const LinearParams& p, void* workspace, const Device& device, 
   bool launched = false;
   if (takesWide(p)) error = launchWide(p, workspace, device, stream, launched);
   return launched || error != cudaSuccess;
+}
+
+// gate | up of up to 16 tokens. True: launched, or `error`.
+template <typename Weight, typename Half>
+bool launchFewGated(const LinearParams& p, const Device& device, cudaStream_t stream, cudaError_t& error) {
+  const OneMatrix<true> task{p};
+  constexpr int kHalfLine = kLineBytes / 2;
+  const auto fits = [&](int bytes) { return bytes <= device.shared_bytes; };
+  if (p.num_rows > kFewTokens) return false;
+  if (p.num_rows > 8) {
+    constexpr int kStages = kIsInt4<Weight> ? 2 : 4, kWarps = kIsInt4<Weight> ? 4 : 8;
+    if (!fits(fewSharedBytes<Weight, kHalfLine>(2, p.num_rows, 4, kStages))) return false;
+    error = launchFew<Weight, Half, 2, 2, kWarps, kStages, kHalfLine>(task, device, stream);
+    return true;
+  }
+  constexpr int kLine = kIsInt4<Weight> ? kHalfLine : kLineBytes, kStages = kIsInt4<Weight> ? 3 : 2;
+  if (!fits(fewSharedBytes<Weight, kLine>(2, p.num_rows, 4, kStages))) return false;
+  if (kIsInt4<Weight> && p.num_rows <= 4 && fits(fewSharedBytes<Weight, 2 * kLineBytes>(2, p.num_rows, 4, 2))) {
+    error = launchFew<Weight, Half, 2, 1, 4, 2, 2 * kLineBytes>(task, device, stream);
+  } else {
+    error = launchFew<Weight, Half, 2, 1, 8, kStages, kLine>(task, device, stream);
+  }
+  return true;
 }
 
 template <typename Weight, typename Half>
@@ -191,9 +202,9 @@ cudaError_t launchTyped(LinearParams p, unsigned char* workspace, const Device& 
   if (launchHeld<Weight, Half>(p, device, stream, error)) return error;
   const Workspace parts(p);
   if (p.norm_weight) error = launchNorm(p, workspace + parts.norm_at, stream);
-  if (error != cudaSuccess || !p.is_gated) {
-    return error != cudaSuccess ? error : launchPlain<Weight, Half>(p, workspace, device, stream);
-  }
+  if (error != cudaSuccess) return error;
+  if (!p.is_gated) return launchPlain<Weight, Half>(p, workspace, device, stream);
+  if (launchFewGated<Weight, Half>(p, device, stream, error)) return error;
   if (launchedWide(p, workspace, device, stream, error)) return error;
   LinearParams both = p;
   both.is_gated = false, both.y = workspace + parts.gates_at;

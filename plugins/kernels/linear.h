@@ -40,9 +40,9 @@ struct LinearParams {
   const void* bias = nullptr;    // half [N]; null: none
   void* y = nullptr;             // half [M, N], gated: [M, N / 2]; sums are float32, and what follows, rounded once
 
-  // Nothing that was put into the stream before this and may not have ended by now writes `weight`, as is so for a
-  // model's weights. Where a kernel can start before the one ahead of it ends (compute capability 9.0 and above), its
-  // first weights are then read early; all else waits.
+  // Nothing that was put into the stream before this and may not have ended by now writes `weight`, its scales and zero
+  // points, `bias` or `norm_weight`, as is so for a model's weights. Where a kernel can start before the one ahead of it
+  // ends (compute capability 9.0 and above), its first weights are then read early; all else waits.
   bool constant_weight = false;
   WeightType weight_type = WeightType::kInt8;
 

@@ -8,6 +8,7 @@
 
 #include <algorithm>
 
+#include "gated_activation.cuh"
 #include "linear.cuh"
 #include "linear_few_int4.cuh"
 
@@ -24,10 +25,13 @@ struct FewTile {
 };
 
 // What fewTokens computes: the parameter of the kernel, from which each block makes a plan. This one: all tokens by one
-// matrix.
+// matrix. kIsGated_: its rows are gate | up.
+template <bool kIsGated_ = false>
 struct OneMatrix {
   // Whether a plan can be made before earlier work in the stream has ended.
   static constexpr bool kPlansEarly = true;
+  // Whether half of a tile's outputs are gates, and the other half their ups.
+  static constexpr bool kIsGated = kIsGated_;
 
   LinearParams p;
 
@@ -46,7 +50,10 @@ struct OneMatrix {
     // What a block remembers of the tile that it is at.
     using Place = int;
     __device__ __forceinline__ Place place(int index) const { return index; }
-    __device__ __forceinline__ FewTile tile(Place index) const { return {index * kRows, p.num_rows, 0, 0}; }
+    __device__ __forceinline__ FewTile tile(Place index) const {
+      return kIsGated ? FewTile{index * kRows / 2, p.num_rows, 0, 0, p.num_outputs / 2}
+                      : FewTile{index * kRows, p.num_rows, 0, 0};
+    }
     // Rows of x and of y.
     __device__ __forceinline__ int inputRow(const FewTile&, int token) const { return token; }
     __device__ __forceinline__ int outputRow(const FewTile&, int token) const { return token; }
@@ -185,6 +192,28 @@ __device__ __forceinline__ void shareSums(const float (&sum)[kRowTiles][kTokenTi
   }
 }
 
+__device__ __forceinline__ float activatedBy(Activation activation, float x) {
+  using gated_activation::activated;
+  return activation == Activation::kSilu   ? activated<Activation::kSilu>(x)
+         : activation == Activation::kGelu ? activated<Activation::kGelu>(x)
+                                           : activated<Activation::kGeluTanh>(x);
+}
+
+// y's entry of an output and its token, gates and ups `apart` from each other in the sums of a warp. sums: those of the
+// gate in the first warp, as [kWarps, tokens, rows]. step: to the next warp's.
+template <typename Weight, typename Half, int kWarps>
+__device__ __forceinline__ void storeGated(const LinearParams& p, size_t row, int output, const float* sums, int step,
+                                           int apart) {
+  const int width = p.num_outputs / 2;
+  if (output >= width) return;
+  float gate = 0.0f, up = 0.0f;
+#pragma unroll
+  for (int w = 0; w < kWarps; ++w) gate += sums[w * step], up += sums[w * step + apart];
+  const Output<Weight, Half> finish(p, output), finish_up(p, width + output);
+  static_cast<Half*>(p.y)[row * width + output] =
+      fromFloat<Half>(activatedBy(p.activation, finish(gate)) * finish_up(up));
+}
+
 // Each block takes every gridDim.x-th tile; chunks of k go round its warps. To a warp all that is one sequence of
 // steps, so that its copies for a tile are on their way while the one before it is finished.
 template <typename Weight, typename Half, int kRowTiles, int kTokenTiles, int kWarps, int kStages, int kLine,
@@ -285,15 +314,23 @@ __global__ void __launch_bounds__(kWarps* kWarpSize, kIsInt4<Weight> ? kFewBlock
     turn ^= 1;
     shareSums<Weight, Half>(sum, sums + warp * max_tokens * kRows, tile.num_tokens, lane);
     __syncthreads();
-    for (int i = threadIdx.x; i < tile.num_tokens * kRows; i += kWarps * kWarpSize) {
-      float total = 0.0f;
+    if constexpr (Task::kIsGated) {
+      constexpr int kGates = kRows / 2;
+      for (int i = threadIdx.x; i < tile.num_tokens * kGates; i += kWarps * kWarpSize) {
+        storeGated<Weight, Half, kWarps>(p, plan.outputRow(tile, i / kGates), tile.first_row + i % kGates,
+                                         sums + i / kGates * kRows + i % kGates, max_tokens * kRows, kGates);
+      }
+    } else {
+      for (int i = threadIdx.x; i < tile.num_tokens * kRows; i += kWarps * kWarpSize) {
+        float total = 0.0f;
 #pragma unroll
-      for (int w = 0; w < kWarps; ++w) total += sums[w * max_tokens * kRows + i];
-      const int output = tile.first_row + i % kRows;
-      if (output >= num_outputs) continue;
-      const size_t row = plan.outputRow(tile, i / kRows);
-      const Output<Weight, Half> finish(p, tile.first_output + output);
-      storeOutput<Half>(p, row * num_outputs + output, finish(total));
+        for (int w = 0; w < kWarps; ++w) total += sums[w * max_tokens * kRows + i];
+        const int output = tile.first_row + i % kRows;
+        if (output >= num_outputs) continue;
+        const size_t row = plan.outputRow(tile, i / kRows);
+        const Output<Weight, Half> finish(p, tile.first_output + output);
+        storeOutput<Half>(p, row * num_outputs + output, finish(total));
+      }
     }
   }
 }

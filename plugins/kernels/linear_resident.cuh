@@ -9,15 +9,14 @@
 
 #include <algorithm>
 
-#include "gated_activation.cuh"
 #include "halves.cuh"
 #include "linear_few.cuh"
 
 namespace sinkexport {
 namespace linear {
 
-// Most bytes of x.
-constexpr int kMostResidentBytes = 32 << 10;
+// Most bytes of x, and those where there is no norm.
+constexpr int kMostResidentBytes = 16 << 10, kMostSmallBytes = 8 << 10;
 
 // Parts of the shared memory of a block.
 template <typename S, int kWarps, int kStages>
@@ -36,44 +35,63 @@ struct ResidentParts {
 
 // Eight values times their norm's factor and weights, rounded as rms_norm.h says.
 template <typename Half, typename Weight>
-__device__ __forceinline__ void normPiece(Piece<Half>& piece, float factor, const unsigned char* weights) {
+__device__ __forceinline__ Piece<Half> normed(const Piece<Half>& piece, float factor, const unsigned char* weights) {
+  struct alignas(16) {
+    Weight entries[kHalvesOfPiece];
+  } factors;
+#pragma unroll
+  for (int i = 0; i < static_cast<int>(sizeof factors / sizeof(uint4)); ++i) {
+    reinterpret_cast<uint4*>(&factors)[i] = reinterpret_cast<const uint4*>(weights)[i];
+  }
+  Piece<Half> result;
 #pragma unroll
   for (int k = 0; k < kHalvesOfPiece; ++k) {
     const float normal = toFloat(piece.halves[k]) * factor;
-    const Weight weight = reinterpret_cast<const Weight*>(weights)[k];
     if constexpr (std::is_same_v<Weight, float>) {
-      piece.halves[k] = fromFloat<Half>(normal * weight);
+      result.halves[k] = fromFloat<Half>(normal * factors.entries[k]);
     } else {
-      piece.halves[k] = fromFloat<Half>(toFloat(fromFloat<Half>(normal)) * toFloat(weight));
+      result.halves[k] = fromFloat<Half>(toFloat(fromFloat<Half>(normal)) * toFloat(factors.entries[k]));
     }
   }
+  return result;
 }
 
-// x in shared memory, normed where a norm is asked for, padded with zeros to whole chunks. Warps share a token where
-// there are more of them than tokens. By all threads; ends with a barrier.
+// Which pieces of which tokens a thread takes: warps share a token where there are more of them than tokens.
+template <int kWarps>
+struct TokenShare {
+  static_assert(kWarps == 4 || kWarps == 8, "tokens have as many warps each");
+  int warps_of_token, first_token, tokens_at_once, warp_of_token, first_piece, step;
+
+  __device__ __forceinline__ explicit TokenShare(int num_tokens) {
+    constexpr int kShift = kWarps == 8 ? 3 : 2;
+    const int shift = max(0, kShift - (num_tokens > 4 ? 3 : num_tokens > 2 ? 2 : num_tokens > 1 ? 1 : 0));
+    const int warp = threadIdx.x / kWarpSize, lane = threadIdx.x % kWarpSize;
+    warps_of_token = 1 << shift, first_token = warp >> shift, tokens_at_once = kWarps >> shift;
+    warp_of_token = warp & (warps_of_token - 1), first_piece = warp_of_token * kWarpSize + lane;
+    step = kWarpSize << shift;
+  }
+};
+
+// x in shared memory, normed where a norm is asked for, padded with zeros to whole chunks. By all threads; ends with a
+// barrier.
 template <typename S, typename Half, int kWarps, int kStages>
 __device__ __forceinline__ void takeTokens(const LinearParams& p, const ResidentParts<S, kWarps, kStages>& parts,
-                                           unsigned char* shared) {
+                                           const TokenShare<kWarps>& share, unsigned char* shared) {
   constexpr int kAtOnce = 4;
-  const int warp = threadIdx.x / kWarpSize, lane = threadIdx.x % kWarpSize;
-  const int warps_of_token = p.num_rows < kWarps ? kWarps / p.num_rows : 1;
-  const int first_token = warp / warps_of_token, tokens_at_once = kWarps / warps_of_token;
-  const int first = warp % warps_of_token * kWarpSize + lane, step = warps_of_token * kWarpSize;
   const int num_pieces = p.num_inputs / kHalvesOfPiece, padded_pieces = parts.token_bytes / 16;
   float* const squares = reinterpret_cast<float*>(shared + parts.squares_at);
   const auto place = [&](int token, int piece) {
     return reinterpret_cast<Piece<Half>*>(shared + parts.tokens_at + token * parts.token_bytes +
                                           (piece ^ (token & 1) * S::kOddPieces) * 16);
   };
-  static_assert(kWarps == 4 || kWarps == 6 || kWarps == 8, "all warps have a token, or none is left over");
-  for (int token = first_token; token < p.num_rows; token += tokens_at_once) {
+  for (int token = share.first_token; token < p.num_rows; token += share.tokens_at_once) {
     const Piece<Half>* const from = static_cast<const Piece<Half>*>(p.x) + static_cast<size_t>(token) * num_pieces;
     float sum = 0.0f;
-    for (int base = first; base < padded_pieces; base += kAtOnce * step) {
+    for (int base = share.first_piece; base < padded_pieces; base += kAtOnce * share.step) {
       Piece<Half> pieces[kAtOnce];
 #pragma unroll
       for (int i = 0; i < kAtOnce; ++i) {
-        const int piece = base + i * step;
+        const int piece = base + i * share.step;
         if (piece < num_pieces) {
           pieces[i] = from[piece];
         } else {
@@ -82,121 +100,106 @@ __device__ __forceinline__ void takeTokens(const LinearParams& p, const Resident
       }
 #pragma unroll
       for (int i = 0; i < kAtOnce; ++i) {
-        if (base + i * step >= padded_pieces) continue;
+        if (base + i * share.step >= padded_pieces) continue;
 #pragma unroll
         for (int k = 0; k < kHalvesOfPiece; ++k) {
           const float value = toFloat(pieces[i].halves[k]);
           sum = fmaf(value, value, sum);
         }
-        *place(token, base + i * step) = pieces[i];
+        *place(token, base + i * share.step) = pieces[i];
       }
     }
     if (p.norm_weight) {
       sum = warpSum(sum);
-      if (lane == 0) squares[token * kWarps + warp % warps_of_token] = sum;
+      if (share.first_piece % kWarpSize == 0) squares[token * kWarps + share.warp_of_token] = sum;
     }
   }
   if (p.norm_weight) {
     waitForCopies<kStages - 2>();  // the norm's weights came with the first stage
     __syncthreads();
     const unsigned char* const weights = shared + parts.norm_at;
-    for (int token = first_token; token < p.num_rows; token += tokens_at_once) {
+    for (int token = share.first_token; token < p.num_rows; token += share.tokens_at_once) {
       float sum = 0.0f;
-      for (int w = 0; w < warps_of_token; ++w) sum += squares[token * kWarps + w];
-      const float factor = 1.0f / sqrtf(sum / static_cast<float>(p.num_inputs) + p.norm_epsilon);
-      for (int piece = first; piece < num_pieces; piece += step) {
-        if (p.float_norm_weight) {
-          normPiece<Half, float>(*place(token, piece), factor, weights + piece * kHalvesOfPiece * 4);
-        } else {
-          normPiece<Half, Half>(*place(token, piece), factor, weights + piece * kHalvesOfPiece * 2);
-        }
+#pragma unroll
+      for (int w = 0; w < kWarps; ++w) sum += w < share.warps_of_token ? squares[token * kWarps + w] : 0.0f;
+      const float factor = rsqrtf(sum / static_cast<float>(p.num_inputs) + p.norm_epsilon);
+      for (int piece = share.first_piece; piece < num_pieces; piece += share.step) {
+        Piece<Half>* const at = place(token, piece);
+        *at = p.float_norm_weight ? normed<Half, float>(*at, factor, weights + piece * kHalvesOfPiece * 4)
+                                  : normed<Half, Half>(*at, factor, weights + piece * kHalvesOfPiece * 2);
       }
     }
   }
   __syncthreads();
 }
 
-__device__ __forceinline__ float activatedBy(Activation activation, float x) {
-  using gated_activation::activated;
-  return activation == Activation::kSilu   ? activated<Activation::kSilu>(x)
-         : activation == Activation::kGelu ? activated<Activation::kGelu>(x)
-                                           : activated<Activation::kGeluTanh>(x);
-}
-
-// What makes number i of a tile's [tokens, outputs] of its sums: read before they are there. first_row: of y.
-template <typename Weight, typename Half>
+// What makes number threadIdx.x + k * (threads of a block) of a tile's [tokens, outputs] of its sums. Scales and biases
+// are read at once, the residual later: an earlier kernel may write it.
+template <typename Weight, typename Half, int kRows, bool kIsGated>
 struct ResidentOutput {
-  float scale[2] = {1.0f, 1.0f}, bias[2] = {0.0f, 0.0f};  // of the gate, or of all, and of up
+  static constexpr int kOutputs = kIsGated ? kRows / 2 : kRows;  // of y, in a tile
+  float scale[2], bias[2];  // of the gate, or of all, and of up
   float residual = 0.0f;
   size_t at = 0;
   bool valid = false;
 
-  __device__ __forceinline__ ResidentOutput(const LinearParams& p, int i, int rows, int first_row) {
-    const int width = p.is_gated ? p.num_outputs / 2 : p.num_outputs;
-    const int token = i / rows, output = first_row + i % rows;
+  __device__ __forceinline__ ResidentOutput(const LinearParams& p, int i, int first_row) {
+    const int width = kIsGated ? p.num_outputs / 2 : p.num_outputs;
+    const int token = i / kOutputs, output = first_row + i % kOutputs;
     valid = token < p.num_rows && output < width;
     if (!valid) return;
     at = static_cast<size_t>(token) * width + output;
-    if (p.residual) residual = toFloat(static_cast<const Half*>(p.residual)[at]);
-    for (int part = 0; part < (p.is_gated ? 2 : 1); ++part) {
-      const Output<Weight, Half> finish(p, output + part * width);
-      scale[part] = finish.scale, bias[part] = finish.bias;
+    const Output<Weight, Half> finish(p, output);
+    scale[0] = finish.scale, bias[0] = finish.bias;
+    if constexpr (kIsGated) {
+      const Output<Weight, Half> finish_up(p, width + output);
+      scale[1] = finish_up.scale, bias[1] = finish_up.bias;
     }
   }
-};
 
-// One tile's outputs of the sums of all warps [kWarps, tokens, kRows]. output: that of number threadIdx.x.
-template <typename Weight, typename Half, int kRows, int kWarps>
-__device__ __forceinline__ void storeResident(const LinearParams& p, const float* sums, int first_row,
-                                              ResidentOutput<Weight, Half> output) {
-  const int rows = p.is_gated ? kRows / 2 : kRows;
-  for (int i = threadIdx.x; i < p.num_rows * rows; i += kWarps * kWarpSize) {
-    if (i >= kWarps * kWarpSize) output = ResidentOutput<Weight, Half>(p, i, rows, first_row);
-    if (!output.valid) continue;
-    const float* const sums_of_token = sums + i / rows * kRows;
+  __device__ __forceinline__ void readResidual(const LinearParams& p) {
+    if (!kIsGated && valid && p.residual) residual = toFloat(static_cast<const Half*>(p.residual)[at]);
+  }
+
+  // sums: of the output in the first warp's [tokens, kRows]. step: to the next warp's.
+  template <int kWarps>
+  __device__ __forceinline__ void store(const LinearParams& p, const float* sums, int step) const {
+    if (!valid) return;
     float totals[2] = {};
 #pragma unroll
     for (int w = 0; w < kWarps; ++w) {
-      const float* const from = sums_of_token + w * p.num_rows * kRows + i % rows;
-      totals[0] += from[0];
-      if (p.is_gated) totals[1] += from[rows];
+      totals[0] += sums[w * step];
+      if constexpr (kIsGated) totals[1] += sums[w * step + kOutputs];
     }
-    float value = fmaf(totals[0], output.scale[0], output.bias[0]) + output.residual;
-    if (p.is_gated) value = activatedBy(p.activation, value) * fmaf(totals[1], output.scale[1], output.bias[1]);
-    static_cast<Half*>(p.y)[output.at] = fromFloat<Half>(value);
+    float value = fmaf(totals[0], scale[0], bias[0]) + residual;
+    if constexpr (kIsGated) value = activatedBy(p.activation, value) * fmaf(totals[1], scale[1], bias[1]);
+    static_cast<Half*>(p.y)[at] = fromFloat<Half>(value);
   }
-}
+};
 
-// Asks for what storeResident reads that no earlier kernel writes, of one tile.
-template <typename Weight>
-__device__ __forceinline__ void prefetchOutputs(const LinearParams& p, int first_row) {
-  const int lane = threadIdx.x, width = p.is_gated ? p.num_outputs / 2 : p.num_outputs;
-  if (lane >= (p.is_gated ? 2 : 1)) return;
-  const int output = first_row + lane * width;
-  if (kIsInt8<Weight>) prefetchLine(p.scale + output);
-  if (p.bias) prefetchLine(static_cast<const uint16_t*>(p.bias) + output);
-}
-
-// Each block takes every gridDim.x-th tile. kRowTiles: 2 where p.is_gated, one of gates and one of ups.
-template <typename Weight, typename Half, int kRowTiles, int kTokenTiles, int kWarps, int kStages, int kLine>
+// Each block takes every gridDim.x-th tile. kIsGated: half of a tile's outputs are gates, the other half their ups.
+template <typename Weight, typename Half, int kRowTiles, int kTokenTiles, int kWarps, int kStages, int kLine,
+          bool kIsGated>
 __global__ void __launch_bounds__(kWarps* kWarpSize, kFewBlocks) fewTokensResident(const LinearParams p) {
   using S = FewStage<Weight, kRowTiles, kLine>;
+  using Output = ResidentOutput<Weight, Half, S::kRows, kIsGated>;
+  constexpr int kThreads = kWarps * kWarpSize, kOutputs = Output::kOutputs;
   extern __shared__ __align__(16) unsigned char shared[];
   const int warp = threadIdx.x / kWarpSize, lane = threadIdx.x % kWarpSize;
   const ResidentParts<S, kWarps, kStages> parts(p);
   unsigned char* const ring = shared + warp * parts.kRingBytes;
   const int num_chunks = divideUp(p.num_inputs, S::kChunk);
   const int num_steps = num_chunks > warp ? divideUp(num_chunks - warp, kWarps) : 0;  // of this warp in a tile
-  const int width = p.is_gated ? p.num_outputs / 2 : p.num_outputs, rows = p.is_gated ? S::kRows / 2 : S::kRows;
-  const int num_tiles = divideUp(width, rows), tile_step = p.is_gated ? width : 16;
+  const int width = kIsGated ? p.num_outputs / 2 : p.num_outputs, num_tiles = divideUp(width, kOutputs);
+  static_assert(!kIsGated || kRowTiles == 2, "one tile of gates, one of ups");
 
   allowNextKernel();
   if (!p.constant_weight) waitForEarlierKernels();
   int copy_index = blockIdx.x, copy_step = 0, copy_stage = 0;  // what is copied next, and where to
   const auto copyNext = [&] {
     if (copy_index < num_tiles && num_steps > 0) {
-      S::copyWeights(ring + copy_stage * S::kWeightBytes, p, {copy_index * rows, p.num_rows, 0, 0, tile_step},
-                     (warp + copy_step * kWarps) * S::kChunk, lane);
+      const FewTile tile{copy_index * kOutputs, p.num_rows, 0, 0, kIsGated ? width : 16};
+      S::copyWeights(ring + copy_stage * S::kWeightBytes, p, tile, (warp + copy_step * kWarps) * S::kChunk, lane);
     }
     commitCopies();
     if (++copy_step >= num_steps) copy_step = 0, copy_index += gridDim.x;
@@ -204,20 +207,24 @@ __global__ void __launch_bounds__(kWarps* kWarpSize, kFewBlocks) fewTokensReside
   };
   if (p.norm_weight) {
     const int num_units = p.num_inputs * (p.float_norm_weight ? 4 : 2) / 16;
-    for (int i = threadIdx.x; i < num_units; i += kWarps * kWarpSize) {
+    for (int i = threadIdx.x; i < num_units; i += kThreads) {
       copyAsync(shared + parts.norm_at + i * 16, static_cast<const uint4*>(p.norm_weight) + i, 16);
     }
   }
 #pragma unroll
   for (int i = 0; i < kStages - 1; ++i) copyNext();
-  prefetchOutputs<Weight>(p, blockIdx.x * rows);
+  const TokenShare<kWarps> share(p.num_rows);
+  Output output(p, threadIdx.x, blockIdx.x * kOutputs);
   if (p.constant_weight) waitForEarlierKernels();
-  ResidentOutput<Weight, Half> output(p, threadIdx.x, rows, blockIdx.x * rows);
-  takeTokens<S, Half>(p, parts, shared);
+  output.readResidual(p);
+  takeTokens<S, Half>(p, parts, share, shared);
 
   int read_stage = 0, turn = 0;
   for (int index = blockIdx.x; index < num_tiles; index += gridDim.x) {
-    if (index != static_cast<int>(blockIdx.x)) output = ResidentOutput<Weight, Half>(p, threadIdx.x, rows, index * rows);
+    if (index != static_cast<int>(blockIdx.x)) {
+      output = Output(p, threadIdx.x, index * kOutputs);
+      output.readResidual(p);
+    }
     float sum[kRowTiles][kTokenTiles][4] = {};
     for (int step = 0; step < num_steps; ++step) {
       waitForCopies<kStages - 2>();
@@ -235,19 +242,30 @@ __global__ void __launch_bounds__(kWarps* kWarpSize, kFewBlocks) fewTokensReside
     turn ^= 1;
     shareSums<Weight, Half>(sum, sums + warp * sums_of_warp, p.num_rows, lane);
     __syncthreads();
-    storeResident<Weight, Half, S::kRows, kWarps>(p, sums, index * rows, output);
+    for (int i = threadIdx.x; i < p.num_rows * kOutputs; i += kThreads) {
+      if (i >= kThreads) {
+        output = Output(p, i, index * kOutputs);
+        output.readResidual(p);
+      }
+      output.template store<kWarps>(p, sums + i / kOutputs * S::kRows + i % kOutputs, sums_of_warp);
+    }
   }
 }
 
 // --- launches ---
 
-// Whether a matmul is one that blocks can hold the tokens of; by shapes alone.
-inline bool isResident(const LinearParams& p) {
-  return p.num_rows <= 8 && p.num_rows * p.num_inputs * 2 <= kMostResidentBytes;
+// Whether blocks should hold all tokens. Each reads them before it multiplies: with a norm that is as long as their
+// bytes take less than a launch, without one it pays where the first copies are all of a block's weights.
+inline bool isResident(const LinearParams& p, const Device& device) {
+  const int bytes = p.num_rows * p.num_inputs * 2;
+  if (p.num_rows > 8 || bytes > kMostResidentBytes) return false;
+  const int tiles = divideUp(p.num_outputs, p.is_gated ? 32 : 16);
+  return p.norm_weight || (tiles <= kFewBlocks * device.multiprocessors && bytes <= kMostSmallBytes);
 }
 
 // True: launched, or `error`. False: shared memory is too short, or, if `must_share`, for two blocks.
-template <typename Weight, typename Half, int kRowTiles, int kWarps, int kStages, int kLine = kLineBytes>
+template <typename Weight, typename Half, int kRowTiles, int kWarps, int kStages, int kLine = kLineBytes,
+          bool kIsGated = false>
 bool launchResident(const LinearParams& p, const Device& device, cudaStream_t stream, cudaError_t& error,
                     bool must_share = false) {
   using S = FewStage<Weight, kRowTiles, kLine>;
@@ -257,8 +275,8 @@ bool launchResident(const LinearParams& p, const Device& device, cudaStream_t st
   // Each block has half of a multiprocessor's memory even if it needs less (linear_few.cuh).
   const int shared_bytes = std::max(needed_bytes, std::min(share, device.shared_bytes));
   const int blocks = device.multiprocessors * (needed_bytes <= share ? kFewBlocks : 1);
-  const int tiles = p.is_gated ? divideUp(p.num_outputs / 2, 16) : divideUp(p.num_outputs, 16 * kRowTiles);
-  error = launch(fewTokensResident<Weight, Half, kRowTiles, 1, kWarps, kStages, kLine>, dim3(std::min(tiles, blocks)),
+  const dim3 grid(std::min(divideUp(p.num_outputs, 16 * kRowTiles), blocks));
+  error = launch(fewTokensResident<Weight, Half, kRowTiles, 1, kWarps, kStages, kLine, kIsGated>, grid,
                  kWarps * kWarpSize, shared_bytes, device, stream, p);
   return true;
 }

@@ -29,10 +29,12 @@ TENSORRT_PLUGIN = Target(
         "use_linear_plugin",  # matmuls that quantisation left in float16
         "use_attention_plugin",
         "use_int32_inputs",
+        "fuse_plugin_linears",  # residuals, before norms take them
         "use_norm_plugin",
         "use_gate_plugin",
         "make_reshapes_static",
         "pack_heads",
+        "fuse_plugin_linears",  # norms and gates
         "lower_to_opset17",
     ),
 )

@@ -29,7 +29,7 @@ STATE_FORMAT = "sinkrt-state"
 STATE_VERSION = "2"
 """Version of the files that `save_state` writes."""
 
-PLUGIN_ABI = "4"
+PLUGIN_ABI = "5"
 """Version of the TensorRT plugins' names, inputs, outputs and fields, as the graphs of this version have them."""
 
 CPU_ABI = "3"
