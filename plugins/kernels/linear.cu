@@ -13,7 +13,7 @@
 // - Up to 8 tokens whose inputs a block can hold: linear_resident.cuh, with the norm before and the gate after.
 // - Up to 16 tokens: linear_few.cuh.
 // - More tokens: linear_many.cuh.
-// - From kWideTokens tokens on, on GPUs of compute capability 9.0: linear_wide.cuh, with most gates.
+// - From 65 tokens on, on GPUs of compute capability 9.0: linear_wide.cuh, with most gates.
 //
 // Else a norm and a gate are launches of their own, before and after.
 #include "linear.h"

@@ -23,9 +23,11 @@ struct WideChoice {
   float cost;
 };
 
-// What tiles of so many tokens with so many splits take, in stages of 256 tokens.
+// What tiles of so many tokens with so many splits take, in stages of 256 tokens (0.6 us). Numbers: fitted to times on
+// an H200 (plugins/README.md).
 WideChoice costOf(const LinearParams& p, int tokens, int splits) {
-  constexpr float kFewTokens = 0.58f, kTileEnds = 3.0f, kSecondKernel = 4.0f, kBytesInAStage = 2e6f;
+  constexpr float kTileEnds = 2.0f, kSecondKernel = 8.0f, kBytesInAStage = 2.6e6f;
+  const float few = p.weight_type == WeightType::kHalf ? 0.56f : p.weight_type == WeightType::kInt8 ? 0.62f : 0.74f;
   WidePlan plan;
   plan.token_tiles = divideUp(p.num_rows, tokens);
   plan.row_pairs = divideUp(p.num_outputs, kWideCluster * kWideWarpgroups * kWideRows);
@@ -33,7 +35,7 @@ WideChoice costOf(const LinearParams& p, int tokens, int splits) {
   plan.steps_per_split = divideUp(plan.num_steps, splits);
   plan.splits = divideUp(plan.num_steps, plan.steps_per_split);
   const int rounds = divideUp(plan.numTiles(), kWideMultiprocessors / kWideCluster);
-  float cost = rounds * (plan.steps_per_split * (tokens == 256 ? 1.0f : kFewTokens) + kTileEnds);
+  float cost = rounds * (plan.steps_per_split * (tokens == 256 ? 1.0f : few) + kTileEnds);
   if (plan.splits > 1) {
     cost += kSecondKernel + 8.0f * plan.splits * p.num_rows * p.num_outputs / kBytesInAStage;
   }
@@ -210,13 +212,16 @@ cudaError_t launchTyped(const LinearParams& p, void* workspace, const Device& de
 
 }  // namespace
 
-#ifndef SINKEXPORT_WIDE_TOKENS
-#define SINKEXPORT_WIDE_TOKENS 65  // for tests: others
+// From here on, less takes longer than by linear_many.cuh: times on an H200 (plugins/README.md). Tests say 1.
+#ifndef SINKEXPORT_WIDE_PRODUCTS
+#define SINKEXPORT_WIDE_PRODUCTS (1 << 28)
 #endif
-constexpr int kWideTokens = SINKEXPORT_WIDE_TOKENS;
+constexpr size_t kWideProducts = SINKEXPORT_WIDE_PRODUCTS;
+constexpr int kWideTokens = 65;
 
 bool takesWide(const LinearParams& p) {
-  if (p.num_rows < kWideTokens) return false;
+  const size_t products = static_cast<size_t>(p.num_rows) * p.num_outputs * p.num_inputs;
+  if (p.num_rows < kWideTokens || products < kWideProducts) return false;
   return !p.is_gated || (p.weight_type != WeightType::kInt4 && p.activation != Activation::kGelu);
 }
 
