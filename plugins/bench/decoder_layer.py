@@ -1,6 +1,6 @@
 """Time of what a decoder layer has beside attention: four matmuls with the norms, the gate and the residuals.
 
-    python plugins/bench/decoder_layer.py build/plugins/libsinkexport_capi.so [--weights int8|..] [--json FILE]
+    python plugins/bench/decoder_layer.py build/plugins/libsinkexport_capi.so [--weights int8|..] [--tokens 1,4] [--json FILE]
 
 Needs a GPU and PyTorch. apart: a launch for each norm (with the addition before it) and gate, as nodes of their own.
 fused: four launches. Both run from a CUDA graph over as many layers as are beyond the L2 cache's reach, each with
@@ -44,7 +44,7 @@ class Libraries:
 
     def __init__(self, path: Path) -> None:
         self.linear, self.norm, self.gate = Linear(path), RmsNorm(path), GatedActivation(path)
-        self.workspace = torch.empty(1 << 26, dtype=torch.uint8, device="cuda")
+        self.workspace = torch.empty(1 << 28, dtype=torch.uint8, device="cuda")
 
     def matmul(self, weights: common.Weights, x: torch.Tensor, y: torch.Tensor, num_outputs: int, **more: Any) -> None:
         """One launch. more: fields of LinearParams."""
@@ -149,6 +149,7 @@ def main() -> None:
     parser.add_argument("library", type=Path)
     parser.add_argument("--weights", choices=common.WEIGHTS, default="int8")
     parser.add_argument("--shapes", default=",".join(SHAPES))
+    parser.add_argument("--tokens", default=",".join(map(str, NUM_ROWS)), help="M, one or more")
     parser.add_argument("--json", type=Path, help="all figures go there")
     arguments = parser.parse_args()
     libraries, found = Libraries(arguments.library), common.machine()
@@ -163,7 +164,7 @@ def main() -> None:
         count = max(4, -(-BEYOND_L2_BYTES // num_bytes))
         layers = [first, *(random_layer(arguments.weights, *shape) for _ in range(count - 1))]
         floor = num_bytes / found["copy_bytes_per_s"] * 1e6
-        for num_rows in NUM_ROWS:
+        for num_rows in map(int, arguments.tokens.split(",")):
             times = {
                 way: statistics.median(common.times_us(run, count))
                 for way, run in steps(libraries, layers, num_rows, shape).items()

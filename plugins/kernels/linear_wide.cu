@@ -99,31 +99,29 @@ bool encode(CUtensorMap& map, const TensorTiles& tiles) {
 
 constexpr int kWideBlockRows = kWideWarpgroups * kWideRows;
 
+// Tiles of gate and up in turn, if there is a gate.
 bool encodeInt4(WideMaps& maps, const LinearParams& p) {
-  constexpr auto kWords = CU_TENSOR_MAP_DATA_TYPE_UINT32;
-  constexpr cuuint32_t kTiles = kWideBlockRows / kInt4TileOutputs;
   const Int4Sizes sizes(p);
-  const auto steps = static_cast<cuuint64_t>(sizes.num_steps), tiles = static_cast<cuuint64_t>(sizes.num_tiles);
-  const auto groups = static_cast<cuuint64_t>(sizes.num_groups);
-  const cuuint32_t groups_of_stage = p.block_size < kInt4TileInputs ? 2 : 1;
-  const TensorTiles weight = {kWords,
-                              p.weight,
-                              4,
-                              {16, 8, steps, tiles},
-                              {64, kInt4TileBytes, kInt4TileBytes * steps},
-                              {16, 8, 1, kTiles},
-                              CU_TENSOR_MAP_SWIZZLE_64B};
-  const auto group = [&](const void* data, cuuint64_t bytes) {
-    return TensorTiles{kWords,
-                       data,
-                       4,
-                       {bytes / 4, groups, tiles, 1},
-                       {bytes, bytes * groups, bytes * groups * tiles},
-                       {static_cast<cuuint32_t>(bytes / 4), groups_of_stage, kTiles, 1},
-                       CU_TENSOR_MAP_SWIZZLE_NONE};
+  const cuuint64_t halves = p.is_gated ? 2 : 1, tiles = sizes.num_tiles / halves;
+  const auto map = [&](CUtensorMap& to, const void* data, cuuint64_t row, cuuint64_t rows, int rows_of_stage,
+                       CUtensorMapSwizzle swizzle) {  // row: bytes; rows: of a tile
+    const TensorTiles one = {CU_TENSOR_MAP_DATA_TYPE_UINT32,
+                             data,
+                             4,
+                             {row / 4, rows, halves, tiles},
+                             {row, row * rows * tiles, row * rows},
+                             {static_cast<cuuint32_t>(row / 4), static_cast<cuuint32_t>(rows_of_stage),
+                              static_cast<cuuint32_t>(halves),
+                              static_cast<cuuint32_t>(kWideBlockRows / kInt4TileOutputs / halves)},
+                             swizzle};
+    return encode(to, one);
   };
-  return encode(maps.weight, weight) && encode(maps.scales, group(p.block_scale, kInt4ScaleBytes)) &&
-         (!p.zero_points || encode(maps.zeros, group(p.zero_points, kInt4TileOutputs)));
+  const auto steps = static_cast<cuuint64_t>(sizes.num_steps), groups = static_cast<cuuint64_t>(sizes.num_groups);
+  const int groups_of_stage = p.block_size < kInt4TileInputs ? 2 : 1;
+  constexpr auto kPlain = CU_TENSOR_MAP_SWIZZLE_NONE;
+  return map(maps.weight, p.weight, 64, 8 * steps, 8, CU_TENSOR_MAP_SWIZZLE_64B) &&
+         map(maps.scales, p.block_scale, kInt4ScaleBytes, groups, groups_of_stage, kPlain) &&
+         (!p.zero_points || map(maps.zeros, p.zero_points, kInt4TileOutputs, groups, groups_of_stage, kPlain));
 }
 
 bool encodeAll(WideMaps& maps, const LinearParams& p, int tokens) {
@@ -212,9 +210,9 @@ cudaError_t launchTyped(const LinearParams& p, void* workspace, const Device& de
 
 }  // namespace
 
-// From here on, less takes longer than by linear_many.cuh: times on an H200 (plugins/README.md). Tests say 1.
+// M N K from which on these take less time than linear_many.cuh's: on an H200 (plugins/README.md). Tests say 1.
 #ifndef SINKEXPORT_WIDE_PRODUCTS
-#define SINKEXPORT_WIDE_PRODUCTS (1 << 28)
+#define SINKEXPORT_WIDE_PRODUCTS 400000000
 #endif
 constexpr size_t kWideProducts = SINKEXPORT_WIDE_PRODUCTS;
 constexpr int kWideTokens = 65;
@@ -222,7 +220,7 @@ constexpr int kWideTokens = 65;
 bool takesWide(const LinearParams& p) {
   const size_t products = static_cast<size_t>(p.num_rows) * p.num_outputs * p.num_inputs;
   if (p.num_rows < kWideTokens || products < kWideProducts) return false;
-  return !p.is_gated || (p.weight_type != WeightType::kInt4 && p.activation != Activation::kGelu);
+  return !p.is_gated || p.activation != Activation::kGelu;
 }
 
 size_t wideWorkspaceBytes(const LinearParams& p) {

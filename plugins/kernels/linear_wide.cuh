@@ -6,7 +6,7 @@
 // have the same tokens, of which each block copies one half into both. Blocks stay and take tile after tile, so that
 // the next one's first stages are filled while the last one's sums are stored.
 //
-// Where p.is_gated, rows of a tile are 8 of gate and 8 of up in turn, so that a thread has both (half and INT8 weights).
+// Where p.is_gated, rows of a tile are 8 of gate and 8 of up in turn, so that a thread has both.
 #pragma once
 
 #include <algorithm>
@@ -100,11 +100,11 @@ __device__ __forceinline__ void fillStages(const WideMaps& maps, const LinearPar
       waitForPhase(empty + turn.stage * 8, turn.phase ^ 1);
       arriveExpecting(barrier, num_bytes);
       if constexpr (kIsInt4<Weight>) {
-        const int first_tile = tile.first_row / kInt4TileOutputs, group = first_k / p.block_size;
-        copyTile(weights, maps.weight, barrier, 0, 0, step, first_tile);
-        copyTile(weights + Shape::kWeightBytes, maps.scales, barrier, 0, group, first_tile, 0);
+        const int first_tile = tile.first_row / kInt4TileOutputs / (p.is_gated ? 2 : 1), group = first_k / p.block_size;
+        copyTile(weights, maps.weight, barrier, 0, step * 8, 0, first_tile);
+        copyTile(weights + Shape::kWeightBytes, maps.scales, barrier, 0, group, 0, first_tile);
         if (p.zero_points) {
-          copyTile(weights + Shape::kWeightBytes + Shape::kScaleBytes, maps.zeros, barrier, 0, group, first_tile, 0);
+          copyTile(weights + Shape::kWeightBytes + Shape::kScaleBytes, maps.zeros, barrier, 0, group, 0, first_tile);
         }
       } else if (p.is_gated) {
         copyTile(weights, maps.weight, barrier, first_k, 0, 0, tile.first_row / 16);
@@ -176,7 +176,22 @@ __device__ __forceinline__ float wideActivation(float x, bool is_gelu) {
   return __fdividef(x, 1.0f + __expf(-s));
 }
 
-// Sums of the tile's tokens from kPart * kWidePart on to y.
+// Begins copies of the residual of a part's tokens. Not one by one: each would wait for memory.
+template <typename Half>
+__device__ __forceinline__ void fetchResidual(const LinearParams& p, unsigned char* out, int first_token, int column) {
+  const auto* const residual = static_cast<const Half*>(p.residual);
+  const bool aligned = p.num_outputs % 8 == 0;
+  withLines(p, first_token, column, p.num_outputs, 8, [&](size_t at, int to, int count) {
+    if (aligned) {
+      copyAsync(out + to, residual + at, 16);
+    } else {
+      copyPiece(reinterpret_cast<Half*>(out + to), residual + at, count, false);
+    }
+  });
+  commitCopies();
+}
+
+// Sums of the tile's tokens from kPart * kWidePart on to y. The part's residual is on its way.
 template <typename Shape, int kPart>
 __device__ __forceinline__ void storePart(const float (&sum)[Shape::kSums], const LinearParams& p, unsigned char* out,
                                           const WideOutput<typename Shape::Weight, typename Shape::Half>& finish,
@@ -188,10 +203,7 @@ __device__ __forceinline__ void storePart(const float (&sum)[Shape::kSums], cons
   const uint32_t shared = sharedAddress(out);
   auto* const y = static_cast<Half*>(p.y);
   if (p.residual) {
-    const auto* const residual = static_cast<const Half*>(p.residual);
-    withLines(p, first_token, finish.column, finish.num_columns, 8, [&](size_t at, int to, int count) {
-      copyPiece(reinterpret_cast<Half*>(out + to), residual + at, count, aligned);
-    });
+    waitForCopies<0>();
     syncWarpgroup(warpgroup);
   }
   if (p.is_gated) {
@@ -242,6 +254,7 @@ __device__ __forceinline__ void storeTile(const float (&sum)[Shape::kSums], cons
   const WideOutput<typename Shape::Weight, typename Shape::Half> finish(p, tile.first_row, warpgroup, warp, lane / 4);
   storePart<Shape, 0>(sum, p, out, finish, tile.first_token, warpgroup);
   if constexpr (Shape::kTokens > kWidePart) {
+    if (p.residual) fetchResidual<typename Shape::Half>(p, out, tile.first_token + kWidePart, finish.column);
     storePart<Shape, 1>(sum, p, out, finish, tile.first_token + kWidePart, warpgroup);
   }
 }
@@ -282,12 +295,10 @@ struct WideMatmul {
     if constexpr (kIsInt8<Weight>) {
       takeInt8<Half>(a, weights + (warpgroup * kWideRows + warp * 16) * kManyChunk, lane);
     } else {
-      const int tile = warpgroup * (kWideRows / kInt4TileOutputs) + warp;
-      const int num_groups = p.block_size < kInt4TileInputs ? 2 : 1;
       const unsigned char* const scales = weights + Shape::kWeightBytes;
-      takeInt4<Half>(a, weights + tile * kInt4TileBytes, scales + tile * num_groups * kInt4ScaleBytes,
-                     scales + Shape::kScaleBytes + tile * num_groups * kInt4TileOutputs, p.zero_points != nullptr,
-                     num_groups, lane);
+      const Int4Stage stage{weights, scales, scales + Shape::kScaleBytes, p.zero_points != nullptr,
+                            p.block_size < kInt4TileInputs ? 2 : 1};
+      takeInt4<Half>(a, stage, warpgroup * (kWideRows / kInt4TileOutputs) + warp, p.is_gated, lane);
     }
   }
 
@@ -368,6 +379,9 @@ __device__ __forceinline__ void multiplyTiles(const LinearParams& p, const WideP
   for (int i = 0; i < Shape::kSums; ++i) sum[i] = 0.0f;
   for (int i = blockIdx.x / kWideCluster; i < plan.numTiles(); i += gridDim.x / kWideCluster) {
     const WideTile tile(plan, i, rank, Shape::kTokens, Shape::kRows);
+    if (p.residual && !partial) {
+      fetchResidual<typename Shape::Half>(p, out, tile.first_token, tile.first_row + warpgroup * kWideRows);
+    }
     matmul(sum, tile.num_steps);
     if (partial) {
       storePartial<Shape>(sum, p, partial, tile, warpgroup);

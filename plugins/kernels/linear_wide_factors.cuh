@@ -85,24 +85,49 @@ struct Int4Scaled<__nv_bfloat16> {
   }
 };
 
-// tile: 512 bytes of 16 rows; scales, zeros: of its blocks in this stage, one for each 32 k or one of all.
+// INT4 weights of a stage: tiles of 512 bytes, their scales, their zero points; of each tile one block for each 32 k
+// (num_groups = 2), or one of all.
+struct Int4Stage {
+  const unsigned char *weights, *scales, *zeros;
+  bool has_zeros;
+  int num_groups;
+
+  __device__ __forceinline__ uint32_t scalesOf(int tile, int which, int g) const {
+    return reinterpret_cast<const uint32_t*>(scales + (tile * num_groups + which) * kInt4ScaleBytes)[g];
+  }
+  __device__ __forceinline__ uint32_t zerosOf(int tile, int which, int g) const {
+    constexpr uint32_t kNone = 0x0808u;
+    const unsigned char* const block = zeros + (tile * num_groups + which) * kInt4TileOutputs;
+    return has_zeros ? reinterpret_cast<const uint16_t*>(block)[g] : kNone;
+  }
+};
+
+// rows: the number of 16 rows. Of a gate and up in turn these are 8 of each, out of a tile of each.
 template <typename Half>
-__device__ __forceinline__ void takeInt4(uint32_t (&a)[kWideSteps][4], const unsigned char* tile,
-                                         const unsigned char* scales, const unsigned char* zeros, bool has_zeros,
-                                         int num_groups, int lane) {
+__device__ __forceinline__ void takeInt4(uint32_t (&a)[kWideSteps][4], const Int4Stage& stage, int rows, bool is_gated,
+                                         int lane) {
   const int g = lane / 4, t = lane % 4, odd = t % 2 * 8;
-  const unsigned char* const row = tile + g * kManyChunk + t / 2 * 4;
+  const int near_tile = is_gated ? rows / 2 * 2 : rows, far_tile = is_gated ? near_tile + 1 : rows, side = rows % 2;
+  const unsigned char* const words = stage.weights + g * kManyChunk + t / 2 * 4;
 #pragma unroll
   for (int block = 0; block < 2; ++block) {  // of 32 k
-    const int which = num_groups > 1 ? block : 0;
-    const Int4Scaled<Half> scaled(
-        reinterpret_cast<const uint32_t*>(scales + which * kInt4ScaleBytes)[g],
-        has_zeros ? reinterpret_cast<const uint16_t*>(zeros + which * kInt4TileOutputs)[g] : 0x0808u);
+    const int which = stage.num_groups > 1 ? block : 0;
+    uint32_t scales = stage.scalesOf(near_tile, which, g), zeros = stage.zerosOf(near_tile, which, g);
+    if (is_gated) {
+      scales = __byte_perm(scales, stage.scalesOf(far_tile, which, g), side ? 0x7632 : 0x5410);
+      zeros = __byte_perm(zeros, stage.zerosOf(far_tile, which, g), side ? 0x51 : 0x40);
+    }
+    const Int4Scaled<Half> scaled(scales, zeros);
 #pragma unroll
     for (int j = 0; j < 4; ++j) {
-      const uint32_t word = *reinterpret_cast<const uint32_t*>(row + (j ^ swizzleOf(g)) * 16 + block * 8);
+      const int at = (j ^ swizzleOf(g)) * 16 + block * 8;
+      uint32_t word = *reinterpret_cast<const uint32_t*>(words + near_tile * kInt4TileBytes + at) >> odd;
+      if (is_gated) {
+        const uint32_t far = *reinterpret_cast<const uint32_t*>(words + far_tile * kInt4TileBytes + at) >> odd;
+        word = (word >> 4 * side & 0x000f000fu) | (far >> 4 * side << 4 & 0x00f000f0u);
+      }
       uint32_t(&to)[4] = a[2 * block + j / 2];
-      scaled.take(to[j % 2 * 2], to[j % 2 * 2 + 1], word >> odd);
+      scaled.take(to[j % 2 * 2], to[j % 2 * 2 + 1], word);
     }
   }
 }
