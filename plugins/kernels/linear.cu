@@ -102,16 +102,20 @@ cudaError_t launchFew(const LinearParams& p, const Device& device, cudaStream_t 
 template <typename Weight, typename Half>
 bool launchHeld(const LinearParams& p, const Device& device, cudaStream_t stream, cudaError_t& error) {
   if (!isResident(p, device)) return false;
+  const bool is_one_round = isOneRound(p, device);
   if (p.is_gated) {
-    constexpr int kWarps = kIsInt4<Weight> ? 4 : 8, kStages = kIsInt4<Weight> ? 4 : 3;
-    return launchResident<Weight, Half, 2, kWarps, kStages, kLineBytes, true>(p, device, stream, error, true) ||
+    if (kIsInt4<Weight> && is_one_round &&
+        launchResident<Weight, Half, 2, 4, 4, kLineBytes, true>(p, device, stream, error, true)) {
+      return true;
+    }
+    return launchResident<Weight, Half, 2, 8, 2, kLineBytes, true>(p, device, stream, error, true) ||
            launchResident<Weight, Half, 2, 4, 2, kLineBytes, true>(p, device, stream, error);
   }
-  if constexpr (kIsInt4<Weight>) {
-    const bool is_even = mostOutputs(p, 32, device) <= mostOutputs(p, 16, device);
-    if (is_even && launchResident<Int4, Half, 2, 4, 4>(p, device, stream, error, true)) return true;
+  constexpr int kStages = kIsInt4<Weight> ? 4 : 3;
+  if (kIsInt4<Weight> && !is_one_round && launchResident<Weight, Half, 2, 8, 2>(p, device, stream, error, true)) {
+    return true;
   }
-  return launchResident<Weight, Half, 1, 8, 4>(p, device, stream, error, true) ||
+  return launchResident<Weight, Half, 1, 8, kStages>(p, device, stream, error, true) ||
          launchResident<Weight, Half, 1, 4, 3>(p, device, stream, error);
 }
 
@@ -131,9 +135,10 @@ bool launchFewGated(const LinearParams& p, const Device& device, cudaStream_t st
   const auto fits = [&](int bytes) { return bytes <= device.shared_bytes; };
   if (p.num_rows > kFewTokens) return false;
   if (p.num_rows > 8) {
-    constexpr int kStages = kIsInt4<Weight> ? 2 : 4, kWarps = kIsInt4<Weight> ? 4 : 8;
-    if (!fits(fewSharedBytes<Weight, kHalfLine>(2, p.num_rows, 4, kStages))) return false;
-    error = launchFew<Weight, Half, 2, 2, kWarps, kStages, kHalfLine>(task, device, stream);
+    constexpr int kStages = kIsInt4<Weight> ? 2 : kIsInt8<Weight> ? 4 : 3, kWarps = kIsInt8<Weight> ? 8 : 4;
+    constexpr int kLine = kIsHalf<Weight> ? kLineBytes : kHalfLine;
+    if (!fits(fewSharedBytes<Weight, kLine>(2, p.num_rows, 4, kStages))) return false;
+    error = launchFew<Weight, Half, 2, 2, kWarps, kStages, kLine>(task, device, stream);
     return true;
   }
   constexpr int kLine = kIsInt4<Weight> ? kHalfLine : kLineBytes, kStages = kIsInt4<Weight> ? 3 : 2;

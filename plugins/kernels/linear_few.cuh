@@ -199,19 +199,65 @@ __device__ __forceinline__ float activatedBy(Activation activation, float x) {
                                            : activated<Activation::kGeluTanh>(x);
 }
 
-// y's entry of an output and its token, gates and ups `apart` from each other in the sums of a warp. sums: those of the
-// gate in the first warp, as [kWarps, tokens, rows]. step: to the next warp's.
-template <typename Weight, typename Half, int kWarps>
-__device__ __forceinline__ void storeGated(const LinearParams& p, size_t row, int output, const float* sums, int step,
-                                           int apart) {
-  const int width = p.num_outputs / 2;
-  if (output >= width) return;
-  float gate = 0.0f, up = 0.0f;
+// One of a tile's outputs: what makes it of its sums, which is read before they are there. Scales and biases are read at
+// once, the residual later: an earlier kernel may write it.
+template <typename Weight, typename Half, int kRows, bool kIsGated>
+struct TileOutput {
+  static constexpr int kOutputs = kIsGated ? kRows / 2 : kRows;  // of y, in a tile
+  float scale[2], bias[2];                                       // of the gate, or of all, and of up
+  float residual = 0.0f;
+  size_t at = 0;
+  bool valid = false;
+
+  // i: of the tile's [tokens, outputs].
+  template <typename Plan>
+  __device__ __forceinline__ TileOutput(const LinearParams& p, const Plan& plan, const FewTile& tile, int i) {
+    const int width = kIsGated ? p.num_outputs / 2 : p.num_outputs;
+    const int token = i / kOutputs, output = tile.first_row + i % kOutputs;
+    valid = token < tile.num_tokens && output < width;
+    if (!valid) return;
+    at = static_cast<size_t>(plan.outputRow(tile, token)) * width + output;
+    const Output<Weight, Half> finish(p, tile.first_output + output);
+    scale[0] = finish.scale, bias[0] = finish.bias;
+    if constexpr (kIsGated) {
+      const Output<Weight, Half> finish_up(p, width + output);
+      scale[1] = finish_up.scale, bias[1] = finish_up.bias;
+    }
+  }
+
+  __device__ __forceinline__ void readResidual(const LinearParams& p) {
+    if (!kIsGated && valid && p.residual) residual = toFloat(static_cast<const Half*>(p.residual)[at]);
+  }
+
+  // sums: of all warps, [kWarps, tokens, kRows]; of_warp: entries of one. i: as above.
+  template <int kWarps>
+  __device__ __forceinline__ void store(const LinearParams& p, const float* sums, int of_warp, int i) const {
+    if (!valid) return;
+    const float* const from = sums + i / kOutputs * kRows + i % kOutputs;
+    float totals[2] = {};
 #pragma unroll
-  for (int w = 0; w < kWarps; ++w) gate += sums[w * step], up += sums[w * step + apart];
-  const Output<Weight, Half> finish(p, output), finish_up(p, width + output);
-  static_cast<Half*>(p.y)[row * width + output] =
-      fromFloat<Half>(activatedBy(p.activation, finish(gate)) * finish_up(up));
+    for (int w = 0; w < kWarps; ++w) {
+      totals[0] += from[w * of_warp];
+      if constexpr (kIsGated) totals[1] += from[w * of_warp + kOutputs];
+    }
+    float value = fmaf(totals[0], scale[0], bias[0]) + residual;
+    if constexpr (kIsGated) value = activatedBy(p.activation, value) * fmaf(totals[1], scale[1], bias[1]);
+    static_cast<Half*>(p.y)[at] = fromFloat<Half>(value);
+  }
+};
+
+// All outputs of a tile. output: that of number threadIdx.x.
+template <int kWarps, typename Output, typename Plan>
+__device__ __forceinline__ void storeTile(const LinearParams& p, const Plan& plan, const FewTile& tile, Output output,
+                                          const float* sums, int of_warp) {
+  constexpr int kThreads = kWarps * kWarpSize;
+  for (int i = threadIdx.x; i < tile.num_tokens * Output::kOutputs; i += kThreads) {
+    if (i >= kThreads) {
+      output = Output(p, plan, tile, i);
+      output.readResidual(p);
+    }
+    output.template store<kWarps>(p, sums, of_warp, i);
+  }
 }
 
 // Each block takes every gridDim.x-th tile; chunks of k go round its warps. To a warp all that is one sequence of
@@ -223,7 +269,7 @@ __global__ void __launch_bounds__(kWarps* kWarpSize, kIsInt4<Weight> ? kFewBlock
   constexpr int kRows = S::kRows, kPieces = S::kPieces;
   extern __shared__ __align__(16) unsigned char shared[];
   const LinearParams& p = task.p;
-  const int max_tokens = task.maxTokens(), num_inputs = p.num_inputs, num_outputs = p.num_outputs;
+  const int max_tokens = task.maxTokens(), num_inputs = p.num_inputs;
   const int warp = threadIdx.x / kWarpSize, lane = threadIdx.x % kWarpSize;
   const int stage_bytes = fewStageBytes<Weight, kLine>(kRowTiles, max_tokens);
   unsigned char* const ring = shared + warp * kStages * stage_bytes;
@@ -298,6 +344,8 @@ __global__ void __launch_bounds__(kWarps* kWarpSize, kIsInt4<Weight> ? kFewBlock
   int read_stage = 0, turn = 0;
   for (int index = blockIdx.x; index < num_tiles; index += gridDim.x) {
     const FewTile tile = plan.tile(plan.place(index));
+    TileOutput<Weight, Half, kRows, Task::kIsGated> output(p, plan, tile, threadIdx.x);
+    output.readResidual(p);
     float sum[kRowTiles][kTokenTiles][4] = {};
     for (int step = 0; step < num_steps; ++step) {
       waitForCopies<kStages - 2>();
@@ -314,24 +362,7 @@ __global__ void __launch_bounds__(kWarps* kWarpSize, kIsInt4<Weight> ? kFewBlock
     turn ^= 1;
     shareSums<Weight, Half>(sum, sums + warp * max_tokens * kRows, tile.num_tokens, lane);
     __syncthreads();
-    if constexpr (Task::kIsGated) {
-      constexpr int kGates = kRows / 2;
-      for (int i = threadIdx.x; i < tile.num_tokens * kGates; i += kWarps * kWarpSize) {
-        storeGated<Weight, Half, kWarps>(p, plan.outputRow(tile, i / kGates), tile.first_row + i % kGates,
-                                         sums + i / kGates * kRows + i % kGates, max_tokens * kRows, kGates);
-      }
-    } else {
-      for (int i = threadIdx.x; i < tile.num_tokens * kRows; i += kWarps * kWarpSize) {
-        float total = 0.0f;
-#pragma unroll
-        for (int w = 0; w < kWarps; ++w) total += sums[w * max_tokens * kRows + i];
-        const int output = tile.first_row + i % kRows;
-        if (output >= num_outputs) continue;
-        const size_t row = plan.outputRow(tile, i / kRows);
-        const Output<Weight, Half> finish(p, tile.first_output + output);
-        storeOutput<Half>(p, row * num_outputs + output, finish(total));
-      }
-    }
+    storeTile<kWarps>(p, plan, tile, output, sums, max_tokens * kRows);
   }
 }
 

@@ -51,22 +51,25 @@ __device__ __forceinline__ void copyInt4(unsigned char* stage, const LinearParam
       }
     }
   }
-  // A lane copies a unit of scales of each tile, or one of zero points.
+  // Units of 16 bytes, of each tile two of scales and one of zero points a group: one for each lane, or two.
   const int group = first_k >> sizes.block_shift, groups = Stage::kChunk >> sizes.block_shift;
-  const int num_groups = sizes.num_groups - group;
-  const bool is_zeros = lane >= 2 * groups;
-  const int unit = is_zeros ? lane - 2 * groups : lane, of_group = is_zeros ? unit : unit / 2;
-  if (of_group >= groups || (is_zeros && !p.zero_points)) return;
-  const auto* const base = is_zeros ? p.zero_points : static_cast<const uint8_t*>(p.block_scale);
-  const int group_bytes = is_zeros ? kInt4TileOutputs : kInt4ScaleBytes;
-  const size_t at = (static_cast<size_t>(row_tile) * sizes.num_groups + group) * group_bytes + unit * 16;
-  unsigned char* const groups_to = stage + (is_zeros ? Layout::kZerosAt : Layout::kScalesAt) + unit * 16;
+  const int num_groups = sizes.num_groups - group, num_units = (p.zero_points ? 3 : 2) * groups;
 #pragma unroll
-  for (int r = 0; r < kRowTiles; ++r) {
-    const bool valid = of_group < num_groups && hasRows(r);
-    const size_t tiles_on = static_cast<size_t>(r) * tiles_apart;
-    copyAsync(groups_to + r * kGroups * group_bytes,
-              valid ? base + at + tiles_on * sizes.num_groups * group_bytes : base, valid ? 16 : 0);
+  for (int first = 0; first < 3 * kGroups; first += kWarpSize) {
+    const bool is_zeros = first + lane >= 2 * groups;
+    const int unit = first + lane - (is_zeros ? 2 * groups : 0), of_group = is_zeros ? unit : unit / 2;
+    if (first + lane >= num_units) break;
+    const auto* const base = is_zeros ? p.zero_points : static_cast<const uint8_t*>(p.block_scale);
+    const int group_bytes = is_zeros ? kInt4TileOutputs : kInt4ScaleBytes;
+    const size_t at = (static_cast<size_t>(row_tile) * sizes.num_groups + group) * group_bytes + unit * 16;
+    unsigned char* const groups_to = stage + (is_zeros ? Layout::kZerosAt : Layout::kScalesAt) + unit * 16;
+#pragma unroll
+    for (int r = 0; r < kRowTiles; ++r) {
+      const bool valid = of_group < num_groups && hasRows(r);
+      const size_t tiles_on = static_cast<size_t>(r) * tiles_apart;
+      copyAsync(groups_to + r * kGroups * group_bytes,
+                valid ? base + at + tiles_on * sizes.num_groups * group_bytes : base, valid ? 16 : 0);
+    }
   }
 }
 

@@ -15,8 +15,8 @@
 namespace sinkexport {
 namespace linear {
 
-// Most bytes of x, and those where there is no norm.
-constexpr int kMostResidentBytes = 16 << 10, kMostSmallBytes = 8 << 10;
+// Most bytes of x with a norm, and without one, and then most inputs: as measured on an H200 (README.md).
+constexpr int kMostNormedBytes = 10 << 10, kMostPlainBytes = 24 << 10, kMostPlainInputs = 3072;
 
 // Parts of the shared memory of a block.
 template <typename S, int kWarps, int kStages>
@@ -133,73 +133,29 @@ __device__ __forceinline__ void takeTokens(const LinearParams& p, const Resident
   __syncthreads();
 }
 
-// What makes number threadIdx.x + k * (threads of a block) of a tile's [tokens, outputs] of its sums. Scales and biases
-// are read at once, the residual later: an earlier kernel may write it.
-template <typename Weight, typename Half, int kRows, bool kIsGated>
-struct ResidentOutput {
-  static constexpr int kOutputs = kIsGated ? kRows / 2 : kRows;  // of y, in a tile
-  float scale[2], bias[2];  // of the gate, or of all, and of up
-  float residual = 0.0f;
-  size_t at = 0;
-  bool valid = false;
-
-  __device__ __forceinline__ ResidentOutput(const LinearParams& p, int i, int first_row) {
-    const int width = kIsGated ? p.num_outputs / 2 : p.num_outputs;
-    const int token = i / kOutputs, output = first_row + i % kOutputs;
-    valid = token < p.num_rows && output < width;
-    if (!valid) return;
-    at = static_cast<size_t>(token) * width + output;
-    const Output<Weight, Half> finish(p, output);
-    scale[0] = finish.scale, bias[0] = finish.bias;
-    if constexpr (kIsGated) {
-      const Output<Weight, Half> finish_up(p, width + output);
-      scale[1] = finish_up.scale, bias[1] = finish_up.bias;
-    }
-  }
-
-  __device__ __forceinline__ void readResidual(const LinearParams& p) {
-    if (!kIsGated && valid && p.residual) residual = toFloat(static_cast<const Half*>(p.residual)[at]);
-  }
-
-  // sums: of the output in the first warp's [tokens, kRows]. step: to the next warp's.
-  template <int kWarps>
-  __device__ __forceinline__ void store(const LinearParams& p, const float* sums, int step) const {
-    if (!valid) return;
-    float totals[2] = {};
-#pragma unroll
-    for (int w = 0; w < kWarps; ++w) {
-      totals[0] += sums[w * step];
-      if constexpr (kIsGated) totals[1] += sums[w * step + kOutputs];
-    }
-    float value = fmaf(totals[0], scale[0], bias[0]) + residual;
-    if constexpr (kIsGated) value = activatedBy(p.activation, value) * fmaf(totals[1], scale[1], bias[1]);
-    static_cast<Half*>(p.y)[at] = fromFloat<Half>(value);
-  }
-};
-
 // Each block takes every gridDim.x-th tile. kIsGated: half of a tile's outputs are gates, the other half their ups.
 template <typename Weight, typename Half, int kRowTiles, int kTokenTiles, int kWarps, int kStages, int kLine,
           bool kIsGated>
 __global__ void __launch_bounds__(kWarps* kWarpSize, kFewBlocks) fewTokensResident(const LinearParams p) {
   using S = FewStage<Weight, kRowTiles, kLine>;
-  using Output = ResidentOutput<Weight, Half, S::kRows, kIsGated>;
-  constexpr int kThreads = kWarps * kWarpSize, kOutputs = Output::kOutputs;
+  using Output = TileOutput<Weight, Half, S::kRows, kIsGated>;
+  constexpr int kThreads = kWarps * kWarpSize;
   extern __shared__ __align__(16) unsigned char shared[];
   const int warp = threadIdx.x / kWarpSize, lane = threadIdx.x % kWarpSize;
   const ResidentParts<S, kWarps, kStages> parts(p);
   unsigned char* const ring = shared + warp * parts.kRingBytes;
   const int num_chunks = divideUp(p.num_inputs, S::kChunk);
   const int num_steps = num_chunks > warp ? divideUp(num_chunks - warp, kWarps) : 0;  // of this warp in a tile
-  const int width = kIsGated ? p.num_outputs / 2 : p.num_outputs, num_tiles = divideUp(width, kOutputs);
-  static_assert(!kIsGated || kRowTiles == 2, "one tile of gates, one of ups");
+  const typename OneMatrix<kIsGated>::template Plan<S::kRows> plan({p}, nullptr);
+  const int num_tiles = plan.numTiles();
 
   allowNextKernel();
   if (!p.constant_weight) waitForEarlierKernels();
   int copy_index = blockIdx.x, copy_step = 0, copy_stage = 0;  // what is copied next, and where to
   const auto copyNext = [&] {
     if (copy_index < num_tiles && num_steps > 0) {
-      const FewTile tile{copy_index * kOutputs, p.num_rows, 0, 0, kIsGated ? width : 16};
-      S::copyWeights(ring + copy_stage * S::kWeightBytes, p, tile, (warp + copy_step * kWarps) * S::kChunk, lane);
+      S::copyWeights(ring + copy_stage * S::kWeightBytes, p, plan.tile(copy_index),
+                     (warp + copy_step * kWarps) * S::kChunk, lane);
     }
     commitCopies();
     if (++copy_step >= num_steps) copy_step = 0, copy_index += gridDim.x;
@@ -214,7 +170,7 @@ __global__ void __launch_bounds__(kWarps* kWarpSize, kFewBlocks) fewTokensReside
 #pragma unroll
   for (int i = 0; i < kStages - 1; ++i) copyNext();
   const TokenShare<kWarps> share(p.num_rows);
-  Output output(p, threadIdx.x, blockIdx.x * kOutputs);
+  Output output(p, plan, plan.tile(blockIdx.x), threadIdx.x);
   if (p.constant_weight) waitForEarlierKernels();
   output.readResidual(p);
   takeTokens<S, Half>(p, parts, share, shared);
@@ -222,7 +178,7 @@ __global__ void __launch_bounds__(kWarps* kWarpSize, kFewBlocks) fewTokensReside
   int read_stage = 0, turn = 0;
   for (int index = blockIdx.x; index < num_tiles; index += gridDim.x) {
     if (index != static_cast<int>(blockIdx.x)) {
-      output = Output(p, threadIdx.x, index * kOutputs);
+      output = Output(p, plan, plan.tile(index), threadIdx.x);
       output.readResidual(p);
     }
     float sum[kRowTiles][kTokenTiles][4] = {};
@@ -242,25 +198,24 @@ __global__ void __launch_bounds__(kWarps* kWarpSize, kFewBlocks) fewTokensReside
     turn ^= 1;
     shareSums<Weight, Half>(sum, sums + warp * sums_of_warp, p.num_rows, lane);
     __syncthreads();
-    for (int i = threadIdx.x; i < p.num_rows * kOutputs; i += kThreads) {
-      if (i >= kThreads) {
-        output = Output(p, i, index * kOutputs);
-        output.readResidual(p);
-      }
-      output.template store<kWarps>(p, sums + i / kOutputs * S::kRows + i % kOutputs, sums_of_warp);
-    }
+    storeTile<kWarps>(p, plan, plan.tile(index), output, sums, sums_of_warp);
   }
 }
 
 // --- launches ---
 
+// Whether each block has one tile of a matmul, or none.
+inline bool isOneRound(const LinearParams& p, const Device& device) {
+  return divideUp(p.num_outputs, p.is_gated ? 32 : 16) <= kFewBlocks * device.multiprocessors;
+}
+
 // Whether blocks should hold all tokens. Each reads them before it multiplies: with a norm that is as long as their
-// bytes take less than a launch, without one it pays where the first copies are all of a block's weights.
+// bytes take less than a launch, without one it pays where most of a block's weights are on their way by then.
 inline bool isResident(const LinearParams& p, const Device& device) {
   const int bytes = p.num_rows * p.num_inputs * 2;
-  if (p.num_rows > 8 || bytes > kMostResidentBytes) return false;
-  const int tiles = divideUp(p.num_outputs, p.is_gated ? 32 : 16);
-  return p.norm_weight || (tiles <= kFewBlocks * device.multiprocessors && bytes <= kMostSmallBytes);
+  if (p.num_rows > 8) return false;
+  if (p.norm_weight) return bytes <= kMostNormedBytes;
+  return bytes <= kMostPlainBytes && p.num_inputs <= kMostPlainInputs && isOneRound(p, device);
 }
 
 // True: launched, or `error`. False: shared memory is too short, or, if `must_share`, for two blocks.

@@ -73,29 +73,32 @@ class Layer(Problem):
     def scratch(self) -> tuple[Buffer, ...]:
         return (self.workspace,)
 
-    def _computed(self, kind: torch.dtype, weight: torch.Tensor) -> torch.Tensor:
+    def _normed(self, kind: torch.dtype) -> torch.Tensor:
+        """x, normalised if there is a norm. kind: float64, or what a model rounds to."""
         x = self.x.tensor.to(kind)
-        if self.norm_weight is not None:
-            wide = x.double() if kind == torch.float64 else x.float()
-            normal = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + EPSILON)
-            x = (normal.to(self.norm_weight.tensor.dtype if kind != torch.float64 else kind) * self._weight(kind)).to(
-                kind
-            )
-        y = torch.nn.functional.linear(x, weight, self.bias.tensor.to(kind))
+        if self.norm_weight is None:
+            return x
+        wide, weight = x.to(torch.promote_types(kind, torch.float32)), self.norm_weight.tensor
+        if kind == torch.float64:
+            weight = weight.double()
+        normal = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + EPSILON)
+        return (normal.to(weight.dtype) * weight).to(kind)
+
+    def _computed(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        y = torch.nn.functional.linear(x, weight, self.bias.tensor.to(x.dtype))
         if self.activation is not None:
             gate, up = y.chunk(2, -1)
             return MODULES[self.activation](gate) * up
-        return y if self.residual is None else y + self.residual.tensor.to(kind)
-
-    def _weight(self, kind: torch.dtype) -> torch.Tensor:
-        assert self.norm_weight is not None
-        return self.norm_weight.tensor.double() if kind == torch.float64 else self.norm_weight.tensor
+        return y if self.residual is None else y + self.residual.tensor.to(x.dtype)
 
     def float64(self) -> np.ndarray:
-        return self._computed(torch.float64, self.dense()).cpu().numpy()
+        return self._computed(self._normed(torch.float64), self.dense()).cpu().numpy()
+
+    def rounded(self) -> torch.Tensor:
+        return self._computed(self._normed(torch.float64).to(self.dtype).double(), self.dense()).to(self.dtype)
 
     def torch(self) -> torch.Tensor:
-        return self._computed(self.dtype, self.half_weight())
+        return self._computed(self._normed(self.dtype), self.half_weight())
 
 
 @pytest.fixture(scope="module")
