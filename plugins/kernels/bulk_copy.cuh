@@ -43,7 +43,8 @@ __device__ __forceinline__ void arriveExpecting(uint32_t barrier, uint32_t num_b
 }
 
 // At the barrier that lies at this address in the block of that rank. Of what this thread did before, only reads of
-// shared memory are ordered by it: writes that the other block reads would need a fence, which takes half a microsecond.
+// shared memory are ordered by it: writes that the other block reads would need a fence, which takes half a
+// microsecond.
 __device__ __forceinline__ void arriveAt(uint32_t barrier, uint32_t rank) {
   asm volatile(
       "{\n.reg .b32 there;\nmapa.shared::cluster.u32 there, %0, %1;\n"

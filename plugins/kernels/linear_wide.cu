@@ -1,7 +1,7 @@
 // Matmuls of many tokens on GPUs of compute capability 9.0, by matrix instructions of whole warpgroups: what is decided
 // on the host. The kernel: linear_wide.cuh.
 //
-// Compiled for sm_90a; for all other architectures the kernels are empty, which their static shared memory tells.
+// Compiled for sm_90a; for all other architectures the kernels are empty, and have no static shared memory.
 #include "linear_wide.h"
 
 #include <algorithm>
@@ -105,15 +105,15 @@ bool encodeInt4(WideMaps& maps, const LinearParams& p) {
   const cuuint64_t halves = p.is_gated ? 2 : 1, tiles = sizes.num_tiles / halves;
   const auto map = [&](CUtensorMap& to, const void* data, cuuint64_t row, cuuint64_t rows, int rows_of_stage,
                        CUtensorMapSwizzle swizzle) {  // row: bytes; rows: of a tile
-    const TensorTiles one = {CU_TENSOR_MAP_DATA_TYPE_UINT32,
-                             data,
-                             4,
-                             {row / 4, rows, halves, tiles},
-                             {row, row * rows * tiles, row * rows},
-                             {static_cast<cuuint32_t>(row / 4), static_cast<cuuint32_t>(rows_of_stage),
-                              static_cast<cuuint32_t>(halves),
-                              static_cast<cuuint32_t>(kWideBlockRows / kInt4TileOutputs / halves)},
-                             swizzle};
+    const TensorTiles one = {
+        CU_TENSOR_MAP_DATA_TYPE_UINT32,
+        data,
+        4,
+        {row / 4, rows, halves, tiles},
+        {row, row * rows * tiles, row * rows},
+        {static_cast<cuuint32_t>(row / 4), static_cast<cuuint32_t>(rows_of_stage), static_cast<cuuint32_t>(halves),
+         static_cast<cuuint32_t>(kWideBlockRows / kInt4TileOutputs / halves)},
+        swizzle};
     return encode(to, one);
   };
   const auto steps = static_cast<cuuint64_t>(sizes.num_steps), groups = static_cast<cuuint64_t>(sizes.num_groups);
@@ -185,8 +185,8 @@ cudaError_t launchShape(const LinearParams& p, const WidePlan& plan, void* works
                         cudaStream_t stream, bool& launched) {
   constexpr auto kernel = wideTokens<Shape>;
   WideMaps maps{};
-  launched = device.shared_bytes >= Shape::kSharedBytes && hasCode(kernel) && encoder() &&
-             encodeAll(maps, p, Shape::kTokens);
+  launched =
+      device.shared_bytes >= Shape::kSharedBytes && hasCode(kernel) && encoder() && encodeAll(maps, p, Shape::kTokens);
   if (!launched) return cudaSuccess;
   float* const partial = plan.splits > 1 ? static_cast<float*>(workspace) : nullptr;
   const int clusters = std::min(plan.numTiles(), device.multiprocessors / kWideCluster);

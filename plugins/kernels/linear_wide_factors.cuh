@@ -5,7 +5,7 @@
 // bytes; here each lane picks its pairs out of four lanes' words. Both are swizzled by 64 bytes: no bank twice.
 #pragma once
 
-#include "linear.cuh"
+#include "linear_many.cuh"
 
 namespace sinkexport {
 namespace linear {
@@ -41,10 +41,11 @@ struct Int4Scaled;
 template <>
 struct Int4Scaled<__half> {
   __half2 near_zero, far_zero, near_scale, far_scale;
-  // scales: float16, the near row's in the low half; zeros: the near row's in the lowest byte, the far one's in the next.
+  // scales: float16, the near row's in the low half; zeros: the near row's in the lowest byte, the far one's in the
+  // next.
   __device__ __forceinline__ Int4Scaled(uint32_t scales, uint32_t zeros) {
     const auto halves = [](uint32_t pair) { return *reinterpret_cast<const __half2*>(&pair); };
-    near_zero = halves(__byte_perm(zeros, 0x64646464u, 0x4040));                            // 1024 + zero
+    near_zero = halves(__byte_perm(zeros, 0x64646464u, 0x4040));          // 1024 + zero
     far_zero = halves(__byte_perm(zeros << 4, 0, 0x4141) | 0xd400d400u);  // -(64 + zero)
     near_scale = halves(__byte_perm(scales, 0, 0x1010)), far_scale = halves(__byte_perm(scales, 0, 0x3232));
   }
@@ -126,7 +127,7 @@ __device__ __forceinline__ void takeInt4(uint32_t (&a)[kWideSteps][4], const Int
         const uint32_t far = *reinterpret_cast<const uint32_t*>(words + far_tile * kInt4TileBytes + at) >> odd;
         word = (word >> 4 * side & 0x000f000fu) | (far >> 4 * side << 4 & 0x00f000f0u);
       }
-      uint32_t(&to)[4] = a[2 * block + j / 2];
+      uint32_t (&to)[4] = a[2 * block + j / 2];
       scaled.take(to[j % 2 * 2], to[j % 2 * 2 + 1], word);
     }
   }

@@ -44,41 +44,43 @@ __device__ __forceinline__ void keepHere(uint32_t (&registers)[kCount]) {
   for (int i = 0; i < kCount; ++i) asm volatile("" : "+r"(registers[i])::"memory");
 }
 
-// A factor in shared memory: rows of 64 halves along k, 128 bytes, of which each eight are 1,024 bytes that begin at a
-// multiple of 1,024, as a bulk copy swizzled by 128 bytes leaves them. Numbers may be added to it: 16 bytes each.
+// A factor in shared memory: rows of 64 halves along k, 128 bytes each, as a bulk copy swizzled by 128 bytes leaves them.
+// Eight rows are 1,024 bytes and begin at a multiple of that. Numbers may be added to it: 16 bytes each.
 __device__ __forceinline__ uint64_t describeFactor(uint32_t shared_address) {
   constexpr uint64_t kSwizzled128 = 1ull << 62, kBytesOf8Rows = uint64_t{1024 >> 4} << 32, kUnused = 1ull << 16;
   return kSwizzled128 | kBytesOf8Rows | kUnused | ((shared_address & 0x3ffffu) >> 4);
 }
 constexpr int kFactorStep = 2;  // to the next 16 of k
 
-#define SINKEXPORT_SUMS_0_63 \
-  "%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26," \
+#define SINKEXPORT_SUMS_0_63                                                                             \
+  "%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,"   \
   "%27,%28,%29,%30,%31,%32,%33,%34,%35,%36,%37,%38,%39,%40,%41,%42,%43,%44,%45,%46,%47,%48,%49,%50,%51," \
   "%52,%53,%54,%55,%56,%57,%58,%59,%60,%61,%62,%63"
-#define SINKEXPORT_SUMS_64_127 \
+#define SINKEXPORT_SUMS_64_127                                                                           \
   "%64,%65,%66,%67,%68,%69,%70,%71,%72,%73,%74,%75,%76,%77,%78,%79,%80,%81,%82,%83,%84,%85,%86,%87,%88," \
-  "%89,%90,%91,%92,%93,%94,%95,%96,%97,%98,%99,%100,%101,%102,%103,%104,%105,%106,%107,%108,%109,%110," \
+  "%89,%90,%91,%92,%93,%94,%95,%96,%97,%98,%99,%100,%101,%102,%103,%104,%105,%106,%107,%108,%109,%110,"  \
   "%111,%112,%113,%114,%115,%116,%117,%118,%119,%120,%121,%122,%123,%124,%125,%126,%127"
-#define SINKEXPORT_8_SUMS(i)                                                                                   \
-  "+f"(sum[i]), "+f"(sum[i + 1]), "+f"(sum[i + 2]), "+f"(sum[i + 3]), "+f"(sum[i + 4]), "+f"(sum[i + 5]),     \
+#define SINKEXPORT_8_SUMS(i)                                                                              \
+  "+f"(sum[i]), "+f"(sum[i + 1]), "+f"(sum[i + 2]), "+f"(sum[i + 3]), "+f"(sum[i + 4]), "+f"(sum[i + 5]), \
       "+f"(sum[i + 6]), "+f"(sum[i + 7])
-#define SINKEXPORT_64_SUMS(i)                                                                       \
+#define SINKEXPORT_64_SUMS(i)                                                                           \
   SINKEXPORT_8_SUMS(i), SINKEXPORT_8_SUMS(i + 8), SINKEXPORT_8_SUMS(i + 16), SINKEXPORT_8_SUMS(i + 24), \
       SINKEXPORT_8_SUMS(i + 32), SINKEXPORT_8_SUMS(i + 40), SINKEXPORT_8_SUMS(i + 48), SINKEXPORT_8_SUMS(i + 56)
 
 // tokens: of the tile; type: f16 or bf16; names, sums: of the tile's sums; a0 .. b, adds: numbers of the operands.
-#define SINKEXPORT_WGMMA_REGISTERS(tokens, type, names, sums, a0, a1, a2, a3, b0, adds)                       \
-  asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %" adds ", 0;\n"                                            \
+#define SINKEXPORT_WGMMA_REGISTERS(tokens, type, names, sums, a0, a1, a2, a3, b0, adds)                           \
+  asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %" adds                                                          \
+               ", 0;\n"                                                                                           \
                "wgmma.mma_async.sync.aligned.m64n" tokens "k16.f32." type "." type " {" names "}, {%" a0 ", %" a1 \
-               ", %" a2 ", %" a3 "}, %" b0 ", p, 1, 1, 0;\n}"                                                 \
-               : sums                                                                                         \
+               ", %" a2 ", %" a3 "}, %" b0 ", p, 1, 1, 0;\n}"                                                     \
+               : sums                                                                                             \
                : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(static_cast<int>(adds_up)))
-#define SINKEXPORT_WGMMA_SHARED(tokens, type, names, sums, a0, b0, adds)                            \
-  asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %" adds ", 0;\n"                                  \
+#define SINKEXPORT_WGMMA_SHARED(tokens, type, names, sums, a0, b0, adds)                                         \
+  asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %" adds                                                         \
+               ", 0;\n"                                                                                          \
                "wgmma.mma_async.sync.aligned.m64n" tokens "k16.f32." type "." type " {" names "}, %" a0 ", %" b0 \
-               ", p, 1, 1, 0, 0;\n}"                                                                \
-               : sums                                                                               \
+               ", p, 1, 1, 0, 0;\n}"                                                                             \
+               : sums                                                                                            \
                : "l"(a), "l"(b), "r"(static_cast<int>(adds_up)))
 #define SINKEXPORT_NAMES_64 SINKEXPORT_SUMS_0_63
 #define SINKEXPORT_NAMES_128 SINKEXPORT_SUMS_0_63 "," SINKEXPORT_SUMS_64_127

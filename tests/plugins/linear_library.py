@@ -20,7 +20,9 @@ def build(interface: type[Interface], folder: Path, architecture: str, *flags: s
     sources = [*(KERNELS / f"{kernel}.cu" for kernel in (name, *also)), CAPI / f"{name}.cpp"]
     objects = compile_sources(folder, sources, "-O3", *flags, target)
     if interface is Linear:
-        is_hopper = architecture == "sm_90" or (architecture == "native" and torch.cuda.get_device_capability() == (9, 0))
+        is_hopper = architecture == "sm_90" or (
+            architecture == "native" and torch.cuda.get_device_capability() == (9, 0)
+        )
         wide_target = FOR_WARPGROUPS if is_hopper else target
         objects += compile_sources(folder, [KERNELS / "linear_wide.cu"], "-O3", *flags, wide_target)
     return interface(link(folder / f"lib{name}.so", objects, target))

@@ -24,8 +24,8 @@ pytestmark = needs_gpu("SINKEXPORT_LINEAR")
 
 ANY_SIZE = "-DSINKEXPORT_WIDE_PRODUCTS=1"  # small matmuls, too
 
-# The last output tile and the last chunk of k cut short; one of all; outputs that are no multiple of 8, of one half of a
-# cluster; k split; tiles of 256 tokens; more tiles than multiprocessors.
+# The last output tile and the last chunk of k cut short; one of all; outputs that are no multiple of 8, of one half of
+# a cluster; k split; tiles of 256 tokens; more tiles than multiprocessors.
 SHAPES = [(32, 16), (96, 592), (99, 1488), (520, 4112), (1152, 576), (4104, 1040)]
 WEIGHTS = ("int8", "half", "int4-32", "int4-64", "int4-128z", "int4-32z")
 NUM_ROWS = [65, 128, 200, 256, 300, 777]
