@@ -44,8 +44,8 @@ __device__ __forceinline__ void keepHere(uint32_t (&registers)[kCount]) {
   for (int i = 0; i < kCount; ++i) asm volatile("" : "+r"(registers[i])::"memory");
 }
 
-// A factor in shared memory: rows of 64 halves along k, 128 bytes each, as a bulk copy swizzled by 128 bytes leaves them.
-// Eight rows are 1,024 bytes and begin at a multiple of that. Numbers may be added to it: 16 bytes each.
+// A factor in shared memory: rows of 64 halves along k, 128 bytes each, as a bulk copy swizzled by 128 bytes leaves
+// them. Eight rows are 1,024 bytes and begin at a multiple of that. Numbers may be added to it: 16 bytes each.
 __device__ __forceinline__ uint64_t describeFactor(uint32_t shared_address) {
   constexpr uint64_t kSwizzled128 = 1ull << 62, kBytesOf8Rows = uint64_t{1024 >> 4} << 32, kUnused = 1ull << 16;
   return kSwizzled128 | kBytesOf8Rows | kUnused | ((shared_address & 0x3ffffu) >> 4);
