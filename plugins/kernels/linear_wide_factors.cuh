@@ -5,7 +5,9 @@
 // bytes; here each lane picks its pairs out of four lanes' words. Both are swizzled by 64 bytes: no bank twice.
 #pragma once
 
-#include "linear_many.cuh"
+#include "linear_wide_shape.cuh"
+
+#ifdef SINKEXPORT_HAS_WGMMA
 
 namespace sinkexport {
 namespace linear {
@@ -135,3 +137,5 @@ __device__ __forceinline__ void takeInt4(uint32_t (&a)[kWideSteps][4], const Int
 
 }  // namespace linear
 }  // namespace sinkexport
+
+#endif
