@@ -136,7 +136,8 @@ __device__ __forceinline__ void takeTokens(const LinearParams& p, const Resident
 // Each block takes every gridDim.x-th tile. kIsGated: half of a tile's outputs are gates, the other half their ups.
 template <typename Weight, typename Half, int kRowTiles, int kTokenTiles, int kWarps, int kStages, int kLine,
           bool kIsGated>
-__global__ void __launch_bounds__(kWarps* kWarpSize, kFewBlocks) fewTokensResident(const LinearParams p) {
+__global__ void __launch_bounds__(kWarps* kWarpSize, kFewBlocks) fewTokensResident(const OneMatrix<kIsGated> task) {
+  const LinearParams& p = task.p;
   using S = FewStage<Weight, kRowTiles, kLine>;
   using Output = TileOutput<Weight, Half, S::kRows, kIsGated>;
   constexpr int kThreads = kWarps * kWarpSize;
@@ -146,7 +147,7 @@ __global__ void __launch_bounds__(kWarps* kWarpSize, kFewBlocks) fewTokensReside
   unsigned char* const ring = shared + warp * parts.kRingBytes;
   const int num_chunks = divideUp(p.num_inputs, S::kChunk);
   const int num_steps = num_chunks > warp ? divideUp(num_chunks - warp, kWarps) : 0;  // of this warp in a tile
-  const typename OneMatrix<kIsGated>::template Plan<S::kRows> plan({p}, nullptr);
+  const typename OneMatrix<kIsGated>::template Plan<S::kRows> plan(task, nullptr);
   const int num_tiles = plan.numTiles();
 
   allowNextKernel();
@@ -232,7 +233,7 @@ bool launchResident(const LinearParams& p, const Device& device, cudaStream_t st
   const int blocks = device.multiprocessors * (needed_bytes <= share ? kFewBlocks : 1);
   const dim3 grid(std::min(divideUp(p.num_outputs, 16 * kRowTiles), blocks));
   error = launch(fewTokensResident<Weight, Half, kRowTiles, 1, kWarps, kStages, kLine, kIsGated>, grid,
-                 kWarps * kWarpSize, shared_bytes, device, stream, p);
+                 kWarps * kWarpSize, shared_bytes, device, stream, OneMatrix<kIsGated>{p});
   return true;
 }
 
