@@ -171,9 +171,6 @@ __device__ __forceinline__ void multiplyTiles(const LinearParams& p, const WideP
   for (int i = 0; i < Shape::kSums; ++i) sum[i] = 0.0f;
   for (int i = blockIdx.x / kWideCluster; i < plan.numTiles(); i += gridDim.x / kWideCluster) {
     const WideTile tile(plan, i, rank, Shape::kTokens, Shape::kRows);
-    if (p.residual && !partial) {
-      fetchResidual<typename Shape::Half>(p, out, tile.first_token, tile.first_row + warpgroup * kWideRows);
-    }
     matmul(sum, tile.num_steps);
     if (partial) {
       storePartial<Shape>(sum, p, partial, tile, warpgroup);

@@ -66,22 +66,7 @@ __device__ __forceinline__ float wideActivation(float x, bool is_gelu) {
   return __fdividef(x, 1.0f + __expf(-s));
 }
 
-// Begins copies of the residual of a part's tokens. Not one by one: each would wait for memory.
-template <typename Half>
-__device__ __forceinline__ void fetchResidual(const LinearParams& p, unsigned char* out, int first_token, int column) {
-  const auto* const residual = static_cast<const Half*>(p.residual);
-  const bool aligned = p.num_outputs % 8 == 0;
-  withLines(p, first_token, column, p.num_outputs, 8, [&](size_t at, int to, int count) {
-    if (aligned) {
-      copyAsync(out + to, residual + at, 16);
-    } else {
-      copyPiece(reinterpret_cast<Half*>(out + to), residual + at, count, false);
-    }
-  });
-  commitCopies();
-}
-
-// Sums of the tile's tokens from kPart * kWidePart on to y. The part's residual is on its way.
+// Sums of the tile's tokens from kPart * kWidePart on to y.
 template <typename Shape, int kPart>
 __device__ __forceinline__ void storePart(const float (&sum)[Shape::kSums], const LinearParams& p, unsigned char* out,
                                           const WideOutput<typename Shape::Weight, typename Shape::Half>& finish,
@@ -93,7 +78,10 @@ __device__ __forceinline__ void storePart(const float (&sum)[Shape::kSums], cons
   const uint32_t shared = sharedAddress(out);
   auto* const y = static_cast<Half*>(p.y);
   if (p.residual) {
-    waitForCopies<0>();
+    const auto* const residual = static_cast<const Half*>(p.residual);
+    withLines(p, first_token, finish.column, finish.num_columns, 8, [&](size_t at, int to, int count) {
+      copyPiece(reinterpret_cast<Half*>(out + to), residual + at, count, aligned);
+    });
     syncWarpgroup(warpgroup);
   }
   if (p.is_gated) {
@@ -144,7 +132,6 @@ __device__ __forceinline__ void storeTile(const float (&sum)[Shape::kSums], cons
   const WideOutput<typename Shape::Weight, typename Shape::Half> finish(p, tile.first_row, warpgroup, warp, lane / 4);
   storePart<Shape, 0>(sum, p, out, finish, tile.first_token, warpgroup);
   if constexpr (Shape::kTokens > kWidePart) {
-    if (p.residual) fetchResidual<typename Shape::Half>(p, out, tile.first_token + kWidePart, finish.column);
     storePart<Shape, 1>(sum, p, out, finish, tile.first_token + kWidePart, warpgroup);
   }
 }
