@@ -23,7 +23,7 @@ import sys
 import threading
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -226,7 +226,9 @@ class Player:
 
 
 @contextlib.contextmanager
-def served(bundle: Path, threads: int | None, max_conversations: int) -> Iterator[tuple[psutil.Process, str]]:
+def served(
+    bundle: Path, threads: int | None, max_conversations: int, options: Sequence[str] = ()
+) -> Iterator[tuple[psutil.Process, str]]:
     """A server process and its URL. Raises: RuntimeError if it does not start or does not end well."""
     command = [
         sys.executable,
@@ -238,6 +240,7 @@ def served(bundle: Path, threads: int | None, max_conversations: int) -> Iterato
         "0",
         "--max-conversations",
         str(max_conversations),
+        *options,
     ]
     command += [] if threads is None else ["--threads", str(threads)]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)

@@ -1,23 +1,28 @@
 """Where the time of a decode step on the CPU goes, by kind of node, and what the process keeps in memory.
 
-    python benchmarks/step_breakdown.py BUNDLE [--steps 200] [--threads N] [--json FILE]
+    python benchmarks/step_breakdown.py BUNDLE [--steps 200] [--chunk] [--threads N] [--json FILE]
 
-The step is timed first, in a session as users have it. ONNX Runtime's profiler then records each node of as many
-steps. What is left of the step beside the nodes is overhead: ONNX Runtime's and Python's own time between them. A
-profiled step takes longer than a plain one, so the overhead is rather too small here. Memory is that of the first
-session after its prefill graph has run. The proportional size counts each page once, if no other process has it mapped;
-`memory.py` measures it in a process of its own.
+Two sessions as users have them take turns: one is timed, in the other ONNX Runtime's profiler records each node. All
+figures are medians. What is left of the step beside the nodes is overhead: ONNX Runtime's and Python's own time between
+them. Nodes take longer in a profiled step than in a plain one, so the overhead is too small here, or less than nothing
+where nodes are short. --chunk: the same of a whole chunk of a prompt instead of a step, with a full cache.
+
+Memory is that of the timed session after its prefill graph has run. The proportional size counts each page once, if no
+other process has it mapped; `memory.py` measures it in a process of its own.
 """
 
 from __future__ import annotations
 
 import argparse
 import collections
+import contextlib
 import json
 import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import onnx
@@ -26,68 +31,75 @@ from harness import check_json, environment, peak_memory_mb, proportional_mb, ta
 from sinkexport.bench.machine import physical_cores
 from sinkexport.bench.timing import Stats
 from sinkrt import Session
-from sinkrt.backends.cpu_library import checked_library
-from sinkrt.backends.ort_graph import HostDevice
-from sinkrt.contract import Manifest, TensorSpec, load_manifest
-from sinkrt.contract.constants import THREADS_OPTION
+from sinkrt.contract import Manifest, load_manifest
 
 WARM_UP = 20
 
 
-def timed_steps(bundle: Path, steps: int, threads: int) -> dict[str, Any]:
-    """Times of plain steps after a prompt that fills the cache but for them; memory in MB."""
+def measured(bundle: Path, manifest: Manifest, steps: int, threads: int, *, in_chunks: bool) -> dict[str, Any]:
+    """Median milliseconds of plain steps, and of each node of profiled ones by its name and operator; memory in MB.
+
+    A step is a chunk with `in_chunks`. The cache is full before the first that counts.
+    """
     before_mb = proportional_mb()
-    manifest = load_manifest(bundle)
     random = np.random.default_rng(0)
-    prompt = random.integers(0, manifest.model.vocab_size, max(1, manifest.stream.capacity - steps - WARM_UP))
+    size = manifest.stream.chunk_size if in_chunks else 1
+    prompt = random.integers(0, manifest.model.vocab_size, manifest.stream.capacity).tolist()
+    tokens = random.integers(0, manifest.model.vocab_size, (WARM_UP + steps, size))
     times_ms = []
-    with Session.load(bundle, backend="ort", threads=threads) as session:
-        ids = np.array([session.prefill(prompt.tolist())[0].argmax()], np.int64)  # [B=1]
-        for _ in range(WARM_UP + steps):
-            start = time.perf_counter()
-            ids[0] = session.step(ids)[0].argmax()
-            times_ms.append((time.perf_counter() - start) * 1e3)
+    with contextlib.ExitStack() as stack:
+        plain = stack.enter_context(Session.load(bundle, backend="ort", threads=threads))
+        plain.prefill(prompt)
         memory = {"before": before_mb, "proportional": proportional_mb(), "resident": peak_memory_mb()}
+        folder = stack.enter_context(tempfile.TemporaryDirectory())
+        with profiled_graphs(folder) as graphs:
+            watched = stack.enter_context(Session.load(bundle, backend="ort", threads=threads))
+        watched.prefill(prompt)
+        for ids in tokens:
+            start = time.perf_counter()
+            feed(plain, ids)
+            times_ms.append((time.perf_counter() - start) * 1e3)
+            feed(watched, ids)
+        files = [Path(graph.end_profiling()) for graph in graphs]
+        nodes_ms = profiled_ms(files[1 if in_chunks else 0], steps)
     expected_mb = (manifest.weights_bytes + manifest.state_bytes) / 1e6
     return {
         "median_ms": Stats.of(times_ms[WARM_UP:]).median_ms,
+        "nodes_ms": nodes_ms,
         "memory_mb": {**memory, "weights_and_states": expected_mb},
     }
 
 
-def profiled_ms(bundle: Path, manifest: Manifest, steps: int, threads: int) -> dict[tuple[str, str], float]:
-    """Milliseconds a step of each node of the decode graph, the mean over the steps, by its name and operator."""
-    graph = manifest.graphs["decode"]
-    options = ort.SessionOptions()
-    options.intra_op_num_threads, options.log_severity_level = threads, 4
-    options.add_session_config_entry("session.force_spinning_stop", "1")
-    options.add_session_config_entry("session.disable_quant_qdq", "1")
-    if manifest.target == "cpu":
-        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-        options.add_session_config_entry(THREADS_OPTION, str(threads))
-        options.register_custom_ops_library(str(checked_library()))
-    with tempfile.TemporaryDirectory() as folder:
-        options.enable_profiling, options.profile_file_prefix = True, f"{folder}/steps"
-        session = ort.InferenceSession(bundle / graph.file, options, providers=["CPUExecutionProvider"])
-        binding, device = session.io_binding(), HostDevice()
-        arrays = {spec.name: device.zeros(spec) for spec in (*graph.inputs, *graph.outputs)}
-        arrays["position"].flat[-1] = manifest.stream.capacity
-        states = [(state, device.zeros(TensorSpec(state.input, state.shape, state.dtype))) for state in manifest.states]
-        for spec in graph.inputs:
-            device.bind(binding.bind_input, spec.name, arrays[spec.name])
-        for spec in graph.outputs:
-            device.bind(binding.bind_output, spec.name, arrays[spec.name])
-        for state, array in states:
-            device.bind(binding.bind_input, state.input, array)
-            device.bind(binding.bind_output, state.output, array)
-        for _ in range(WARM_UP + steps):
-            session.run_with_iobinding(binding)
-        events = json.loads(Path(session.end_profiling()).read_text(encoding="utf-8"))
+def feed(session: Session, ids: np.ndarray) -> None:
+    """ids: int64 [n], one token as a step, more as a chunk."""
+    if ids.size == 1:
+        session.step(ids)
+    else:
+        session.prefill(ids.tolist())
+
+
+@contextlib.contextmanager
+def profiled_graphs(folder: str) -> Iterator[list[ort.InferenceSession]]:
+    """Yields: the graphs that are opened inside, the decode graph first, each with a profile in `folder`."""
+    made: list[ort.InferenceSession] = []
+    plain = ort.InferenceSession
+
+    def opened(path: Path, options: ort.SessionOptions, **more: Any) -> ort.InferenceSession:
+        options.enable_profiling, options.profile_file_prefix = True, f"{folder}/{len(made)}"
+        made.append(plain(path, options, **more))
+        return made[-1]
+
+    with mock.patch.object(ort, "InferenceSession", opened):
+        yield made
+
+
+def profiled_ms(profile: Path, steps: int) -> dict[tuple[str, str], float]:
+    """Median milliseconds of each node of the last steps of a profile, by its name and operator."""
     times_us: dict[tuple[str, str], list[float]] = collections.defaultdict(list)
-    for event in events:
+    for event in json.loads(profile.read_text(encoding="utf-8")):
         if event.get("cat") == "Node" and event["name"].endswith("_kernel_time"):
             times_us[event["name"].removesuffix("_kernel_time"), event["args"]["op_name"]].append(event["dur"])
-    return {node: float(np.mean(durations[-steps:])) / 1e3 for node, durations in times_us.items()}
+    return {node: float(np.median(durations[-steps:])) / 1e3 for node, durations in times_us.items()}
 
 
 def kinds(file: Path) -> dict[str, str]:
@@ -127,14 +139,14 @@ def show(result: dict[str, Any]) -> str:
         for kind, row in result["kinds"].items()
     ]
     rows.append(["between the nodes", "", f"{result['overhead_ms']:.3f}", f"{result['overhead_ms'] / step_ms:.1%}"])
-    rows.append(["step", str(result["nodes"]), f"{step_ms:.3f}", ""])
+    rows.append(["run", str(result["nodes"]), f"{step_ms:.3f}", ""])
     grown = memory["proportional"] - memory["before"]
     return "\n".join(
         [
-            f"{result['model']}, {result['bundle']}: {result['nodes_a_layer']} nodes a layer",
+            f"{result['model']}, {result['bundle']}, {result['graph']} graph: {result['nodes_a_layer']} nodes a layer",
             where(result["environment"]),
             "",
-            table(["kind of node", "nodes", "ms a step", "share"], rows),
+            table(["kind of node", "nodes", "ms a run", "share"], rows),
             "",
             f"memory: {memory['proportional']:.0f} MB, each page once, {memory['before']:.0f} MB of it before loading; "
             f"{grown:.0f} MB for {memory['weights_and_states']:.0f} MB of weights and states: "
@@ -148,6 +160,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("bundle", type=Path)
     parser.add_argument("--steps", type=int, default=200)
+    parser.add_argument("--chunk", action="store_true", help="chunks of a prompt instead of steps")
     parser.add_argument("--threads", type=int, default=physical_cores())
     parser.add_argument("--json", type=Path, help="write all figures here")
     arguments = parser.parse_args()
@@ -155,16 +168,21 @@ def main() -> None:
 
     bundle, threads = arguments.bundle, arguments.threads
     found = environment(threads)
-    timed = timed_steps(bundle, arguments.steps, threads)
     manifest = load_manifest(bundle)
-    times = profiled_ms(bundle, manifest, arguments.steps, threads)
-    kind_of = kinds(bundle / manifest.graphs["decode"].file)
+    role = "prefill" if arguments.chunk else "decode"
+    if role not in manifest.graphs:
+        parser.error(
+            f"{bundle}: received a bundle without a prefill graph, expected one: export it with a larger --chunk"
+        )
+    found_ms = measured(bundle, manifest, arguments.steps, threads, in_chunks=arguments.chunk)
+    kind_of = kinds(bundle / manifest.graphs[role].file)
     result = {
-        **report(times, kind_of, manifest.model.num_layers, timed["median_ms"]),
-        "memory_mb": timed["memory_mb"],
+        **report(found_ms["nodes_ms"], kind_of, manifest.model.num_layers, found_ms["median_ms"]),
+        "memory_mb": found_ms["memory_mb"],
         "environment": found,
         "model": manifest.model.name,
         "bundle": bundle.name,
+        "graph": role,
     }
     print(show(result))
     write_json(arguments.json, result)

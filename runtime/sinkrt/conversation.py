@@ -27,6 +27,13 @@ class IdHistory:
         """Ids taken."""
         return self._count
 
+    @classmethod
+    def counted(cls, count: int) -> IdHistory:
+        """A record of `count` ids that nobody knows any more: its digest is that of no ids."""
+        history = cls()
+        history._count = count
+        return history
+
     def take(self, ids: npt.NDArray[np.int64]) -> None:
         """Add ids, int64 [n]."""
         self._hash.update(ids.astype("<i8").tobytes())
@@ -70,6 +77,8 @@ class Conversation:
     announced: whether an event has reported that it has a stream. placed_tokens: fed since it has had its stream.
     followed: whether the answer knows what it follows. goes_on: whether that is the answer's own text, cut short.
     leader: the conversation that is fed the same prompt for this one too, its sibling.
+    owner: whose beginnings of prompts it shares. boundaries: numbers of ids, ascending, after which its stream is worth
+    keeping for others. saved_at: ids that its stream had taken when it was saved.
     """
 
     name: str
@@ -87,6 +96,9 @@ class Conversation:
     history: IdHistory = dataclasses.field(default_factory=IdHistory)
     leader: Conversation | None = None
     siblings: list[Conversation] = dataclasses.field(default_factory=list)
+    owner: str = ""
+    boundaries: list[int] = dataclasses.field(default_factory=list)
+    saved_at: int = 0
 
     @property
     def has_work(self) -> bool:
@@ -102,6 +114,12 @@ class Conversation:
     def num_pending(self) -> int:
         """Ids of the prompt that are not fed yet."""
         return int(self.pending.size) - self.fed
+
+    @property
+    def num_in_one_go(self) -> int:
+        """Ids of the prompt that may be fed in one go: up to where its stream is to be kept, or all."""
+        ahead = [boundary - self.history.count for boundary in self.boundaries if boundary > self.history.count]
+        return min([self.num_pending, *ahead])
 
     @property
     def the_answer(self) -> Answer:

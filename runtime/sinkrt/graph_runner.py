@@ -15,7 +15,7 @@ import numpy.typing as npt
 
 from sinkrt.backends.base import Backend, StateArray
 from sinkrt.contract import NO_TOKEN, Manifest
-from sinkrt.contract.constants import CPU
+from sinkrt.contract.constants import CPU, SCALE_KINDS
 from sinkrt.errors import UsageError, problem
 from sinkrt.stream_table import StreamTable
 
@@ -24,6 +24,8 @@ STEPS_OF_A_CHUNK = 8
 
 SMALLEST_CHUNK = 2
 """One token is a step."""
+
+WINDOW_KINDS = ("window_k", "window_v", *SCALE_KINDS)
 
 SHARED_CHUNK = 64
 """Tokens of a chunk for which streams that are past their prompts are held up, where a part of a chunk costs less."""
@@ -50,17 +52,28 @@ class StreamCopy:
     """One stream taken out of a session.
 
     states: by input name, without the batch axis. recent_ids: int64 [C]. logits: float32 [vocab].
+    shortened: names of states whose second axis may end early: rows that no token has been written to are left out.
     """
 
     states: Mapping[str, np.ndarray]
     position: int
     recent_ids: npt.NDArray[np.int64]
     logits: npt.NDArray[np.float32]
+    shortened: frozenset[str] = frozenset()
 
     @property
     def nbytes(self) -> int:
         """Bytes held."""
         return sum(a.nbytes for a in (*self.states.values(), self.recent_ids, self.logits))
+
+    def without_empty_rows(self, windows: frozenset[str]) -> StreamCopy:
+        """The copy without the rows of window rings that no token has been written to. windows: `window_states`."""
+        rows = self.position  # a token less than that for each sink: it does not matter
+        states = {
+            name: state[:, :rows].copy() if name in windows and rows < state.shape[1] else state
+            for name, state in self.states.items()
+        }
+        return dataclasses.replace(self, states=states, shortened=windows)
 
 
 class GraphRunner:
@@ -159,8 +172,7 @@ class GraphRunner:
         Raises: UsageError if its states are not those of this bundle.
         """
         backend, table = self.backend, self._table
-        shapes = {name: state.shape[1:] for name, state in backend.states.items()}
-        if shapes != {name: state.shape for name, state in copy.states.items()}:
+        if not _fits(copy, backend.states):
             raise UsageError(
                 problem(
                     "stream",
@@ -173,7 +185,7 @@ class GraphRunner:
         table.hold(row)
         table.position[stream] = 0  # as in `reset`; the copy's position comes last
         for name, state in backend.states.items():
-            state[stream] = copy.states[name]
+            _place(state, stream, copy.states[name])
         backend.logits[stream] = copy.logits
         table.recent_ids[stream] = copy.recent_ids
         table.position[stream] = copy.position
@@ -192,3 +204,35 @@ class GraphRunner:
         for name in [*(name for name in kept if name != "position"), "position"]:
             kept[name][...] = tensors[name]
         table.release(table.streams)
+
+
+def window_states(manifest: Manifest) -> frozenset[str]:
+    """Names of the states that have a row a token, in the order in which a ring is filled the first time."""
+    return frozenset(state.input for state in manifest.states if state.kind in WINDOW_KINDS)
+
+
+def _fits(copy: StreamCopy, states: Mapping[str, StateArray]) -> bool:
+    """Whether a copy is of a bundle with these states."""
+
+    def is_part(name: str, found: tuple[int, ...], whole: tuple[int, ...]) -> bool:
+        if name not in copy.shortened:
+            return found == whole
+        return found[:1] + found[2:] == whole[:1] + whole[2:] and found[1] <= whole[1]
+
+    return copy.states.keys() == states.keys() and all(
+        is_part(name, copy.states[name].shape, state.shape[1:]) for name, state in states.items()
+    )
+
+
+def _place(state: StateArray, stream: int, rows: np.ndarray) -> None:
+    """Write one stream of a state; rows that are left out become zero, as after a reset."""
+    if rows.shape == state.shape[1:]:
+        state[stream] = rows
+        return
+    if isinstance(state, np.ndarray):
+        state[stream, :, : rows.shape[1]] = rows
+        state[stream, :, rows.shape[1] :] = 0
+        return
+    whole = np.zeros(state.shape[1:], rows.dtype)  # memory of a device is written in one piece
+    whole[:, : rows.shape[1]] = rows
+    state[stream] = whole

@@ -14,19 +14,19 @@ No threads and no clocks: whoever owns the session calls `step`, which does one 
 
 from __future__ import annotations
 
-import dataclasses
-
 import numpy as np
 import numpy.typing as npt
 
 from sinkrt.answer import Answer, AnswerParams
 from sinkrt.arguments import prompt_ids
 from sinkrt.conversation import NO_IDS, Conversation
+from sinkrt.conversation_folder import ConversationFolder
+from sinkrt.conversation_runner import ConversationRunner
 from sinkrt.conversation_table import ConversationTable
-from sinkrt.errors import SinkError, UsageError, problem
+from sinkrt.errors import UsageError, problem
 from sinkrt.events import Event, Load
-from sinkrt.feeding import StreamError, feed_one_each, next_token
-from sinkrt.graph_runner import shared_chunk
+from sinkrt.keeper import SAVE_EVERY, Keeper
+from sinkrt.prefix_store import PrefixStore
 from sinkrt.sampler import SamplingParams
 from sinkrt.session import Session
 from sinkrt.stream_slots import StreamSlots
@@ -47,6 +47,9 @@ class Scheduler:
     slice_tokens: how long a conversation keeps its stream while others wait.
     max_parked_bytes: memory for parked streams (see `stream_slots.stream_bytes`); None: whatever max_conversations
     takes. When it is full, idle conversations are forgotten; those at work wait until a stream is free.
+    prefixes: beginnings of prompts that several conversations share; None: none are kept.
+    folder: keeps `lasting` conversations, also beyond the process; None: nothing does. save_every: tokens after which
+    one at work is saved again, >= 1; it is saved in any case when its work ends.
 
     Raises: UsageError.
     """
@@ -58,28 +61,31 @@ class Scheduler:
         max_conversations: int = MAX_CONVERSATIONS,
         slice_tokens: int = SLICE_TOKENS,
         max_parked_bytes: int | None = None,
+        prefixes: PrefixStore | None = None,
+        folder: ConversationFolder | None = None,
+        save_every: int = SAVE_EVERY,
     ) -> None:
-        for name, value in (("max_conversations", max_conversations), ("slice_tokens", slice_tokens)):
+        numbers = {"max_conversations": max_conversations, "slice_tokens": slice_tokens, "save_every": save_every}
+        for name, value in numbers.items():
             if value < 1:
                 raise UsageError(problem(name, received=value, expected=">= 1", fix=f"raise {name}"))
         if max_parked_bytes is not None and max_parked_bytes < 0:
             raise UsageError(problem("max_parked_bytes", received=max_parked_bytes, expected=">= 0", fix="raise it"))
         self._session = session
         self._conversations = ConversationTable(max_conversations)
-        self._slots = StreamSlots(session, slice_tokens, max_parked_bytes, lambda c: self.forget(c.name))
-        self._stepped_last = False
-        self._prompt_tokens = 0
-        self._answer_tokens = 0
+        self._slots = StreamSlots(session, slice_tokens, max_parked_bytes, lambda c: self._runner.forget(c))
+        self._keeper = Keeper(session, prefixes, folder, save_every)
+        self._runner = ConversationRunner(session, self._conversations, self._slots, self._keeper)
 
     @property
     def prompt_tokens(self) -> int:
         """Tokens of prompts fed so far, of all conversations."""
-        return self._prompt_tokens
+        return self._runner.prompt_tokens
 
     @property
     def answer_tokens(self) -> int:
         """Tokens of answers fed so far, of all conversations."""
-        return self._answer_tokens
+        return self._runner.answer_tokens
 
     @property
     def has_work(self) -> bool:
@@ -129,6 +135,10 @@ class Scheduler:
         found = self._conversations.find_start(np.asarray(ids, dtype=np.int64), prefix)
         return None if found is None else found.name
 
+    def kept_start(self, owner: str, ids: npt.ArrayLike) -> int:
+        """Number of first ids that a new conversation of `owner` need not be fed. ids: int [N]."""
+        return self._keeper.longest(owner, np.asarray(ids, dtype=np.int64))
+
     def submit(
         self,
         name: str,
@@ -137,11 +147,15 @@ class Scheduler:
         params: AnswerParams,
         *,
         lasting: bool = False,
+        owner: str = "",
+        opening: int | None = 0,
     ) -> None:
         """Queue a prompt and its answer for a conversation, which begins with it if it is new.
 
         ids: int [N]; N = 0 lets a conversation that has begun go on. lasting: of a new conversation, that it is
-        forgotten only if no other can be.
+        forgotten only if no other can be. owner, opening: of a new conversation, who may share beginnings of prompts
+        with it, and how many of its ids others are likely to begin with, 0: unknown, None: it shares none.
+        Its stream begins with the longest beginning that is kept; `position` says with how many tokens.
 
         Raises: UsageError if the ids are not the model's, the conversation is at work already, or all of
         max_conversations are.
@@ -162,8 +176,10 @@ class Scheduler:
         answer = Answer(self._session.tokenizer, model.eos_token_ids, model.vocab_size, sampling, params)
         if conversation is None:
             if (idle := self._conversations.in_the_way()) is not None:
-                self.forget(idle.name)
-            conversation = Conversation(name, lasting)
+                self._runner.forget(idle)
+            conversation = Conversation(name, lasting, owner=owner)
+            if opening is not None:
+                tokens = self._keeper.begin(conversation, tokens, opening, self._slots.park)
         rest = conversation.pending[conversation.fed :]  # of a prompt that was cut short
         conversation.pending, conversation.fed = np.concatenate([rest, tokens]), 0
         conversation.answer, conversation.announced, conversation.paused = answer, False, False
@@ -192,7 +208,7 @@ class Scheduler:
                     fix="submit it with its leader",
                 )
             )
-        self.submit(name, ids, sampling, params)
+        self.submit(name, ids, sampling, params, owner=first.owner, opening=None)
         self._conversations.known(name).follow(first)
         self._slots.stop_waiting(self._conversations.known(name))
 
@@ -207,10 +223,7 @@ class Scheduler:
         if not conversation.has_work:
             return None
         rest = conversation.pending[conversation.fed :].copy()
-        event = self._finished(conversation, "", "cancelled")
-        if keep_prompt:
-            conversation.pending = rest
-        return event
+        return self._runner.finish(conversation, "", "cancelled", rest=rest if keep_prompt else NO_IDS)
 
     def pause(self, name: str) -> None:
         """Let a conversation rest, because nobody takes its text: it may lose its stream, but is not forgotten.
@@ -230,15 +243,51 @@ class Scheduler:
         conversation.paused = False
         self._slots.enter(conversation)
 
+    def recall(self, name: str) -> bool:
+        """Take up a conversation that is only in the folder. Returns: whether there is one of that name now.
+
+        Raises: UsageError if there is no room for one more.
+        """
+        if name in self._conversations or not self._keeper.has(name):
+            return name in self._conversations
+        if (idle := self._conversations.in_the_way()) is not None:
+            self._runner.forget(idle)
+        found = self._keeper.read(name)
+        if found is None:
+            return False
+        if not self._slots.park_somehow(*found, self._conversations.by_age()):
+            raise UsageError(
+                problem(
+                    "parked conversations",
+                    received="no memory for one more",
+                    expected="room for one that was saved",
+                    fix="wait for one to end, or allow more memory",
+                )
+            )
+        self._conversations.touch(found[0])
+        return True
+
+    def delete(self, name: str) -> None:
+        """Drop a conversation, at work or not, and what is saved of it. An unknown one is none."""
+        if name in self._conversations:
+            self.forget(name)
+        self._keeper.remove(name)
+
+    def close(self, *, save: bool = True) -> None:
+        """Save what has changed of all `lasting` conversations, and wait until it is on the disk.
+
+        save: whether to; not after a failure, which may have left any of them half done.
+        """
+        for conversation in self._conversations.by_age() if save else []:
+            self._keeper.save(conversation)
+        self._keeper.close()
+
     def forget(self, name: str) -> None:
-        """Drop a conversation, at work or not.
+        """Drop a conversation, at work or not; what is saved of it stays.
 
         Raises: UsageError for an unknown conversation.
         """
-        conversation = self._conversations.known(name)
-        self.cancel(name)
-        self._slots.leave(conversation)
-        self._conversations.remove(conversation)
+        self._runner.forget(self._conversations.known(name))
 
     def step(self) -> list[Event]:
         """Run a graph once: a chunk of one conversation's prompt, or one token of all that are past theirs.
@@ -247,117 +296,4 @@ class Scheduler:
 
         Returns: events of the conversations that took part.
         """
-        self._slots.assign(self._conversations.by_age())
-        at_work = [owner for owner in self._slots.owners if owner.is_ready]
-        events = []
-        for conversation in at_work:
-            if not conversation.announced:
-                conversation.announced = True
-                events.append(self._event(conversation, "", None))
-        smallest = self._session.smallest_chunk
-        in_chunks = [c for c in at_work if c.num_pending >= smallest]
-        in_steps = [c for c in at_work if c.num_pending < smallest]
-        if in_chunks and (self._stepped_last or not in_steps):
-            self._stepped_last = False
-            # The one that has had its stream for the fewest tokens goes first: prompts advance side by side.
-            return events + self._feed_chunk(min(in_chunks, key=lambda c: c.placed_tokens), is_alone=not in_steps)
-        self._stepped_last = True
-        return events + self._feed_tokens(in_steps)
-
-    def _feed_chunk(self, conversation: Conversation, *, is_alone: bool) -> list[Event]:
-        largest = self._session.chunk_size if is_alone else shared_chunk(self._session.manifest)
-        size = min(conversation.num_pending, largest)
-        ids = conversation.pending[conversation.fed : conversation.fed + size]
-        try:
-            self._session.prefill(ids, streams=[conversation.the_stream])
-        except SinkError as error:
-            return [self._failed(conversation, error)]
-        conversation.fed += size
-        conversation.took(ids)
-        self._prompt_tokens += size
-        return []
-
-    def _feed_tokens(self, conversations: list[Conversation]) -> list[Event]:
-        events, chosen = [], []
-        for conversation in conversations:
-            if conversation.siblings and not conversation.num_pending:
-                self._fork(conversation)
-            try:
-                token = next_token(self._session, conversation)
-                rest = conversation.the_answer.flush() if token is None else ""
-            except StreamError as error:
-                events.append(self._failed(conversation, error.reason))
-            except Exception as error:  # of sampling or decoding: the stream has no part in it
-                events.append(self._broken_off(conversation, error))
-            else:
-                if token is None:
-                    events.append(self._finished(conversation, rest))
-                else:
-                    chosen.append((conversation, token))
-        failures = feed_one_each(self._session, chosen)
-        for conversation, token in chosen:
-            if conversation.name in failures:
-                events.append(self._failed(conversation, failures[conversation.name]))
-            else:
-                events += self._took(conversation, token)
-        return events
-
-    def _fork(self, leader: Conversation) -> None:
-        """Let the siblings of a conversation, which has just taken its prompt, go on from a copy of its stream."""
-        copy = self._session.copy_stream(leader.the_stream)
-        for sibling in leader.end_siblings():
-            if self._slots.park(sibling, copy):
-                sibling.history = leader.history.copy()
-                sibling.fed = int(sibling.pending.size)
-            self._slots.enter(sibling)
-
-    def _took(self, conversation: Conversation, token: int) -> list[Event]:
-        conversation.took(np.array([token], dtype=np.int64))
-        if conversation.num_pending:
-            conversation.fed += 1
-            self._prompt_tokens += 1
-            return []
-        self._answer_tokens += 1
-        answer = conversation.the_answer
-        try:
-            text = answer.push(token)
-            if answer.finish_reason is not None:
-                text += answer.flush()
-        except Exception as error:  # of decoding: the stream has taken the token
-            return [self._broken_off(conversation, error)]
-        if answer.finish_reason is not None:
-            return [self._finished(conversation, text)]
-        if text or answer.num_tokens == 1:
-            return [self._event(conversation, text, None)]
-        return []
-
-    # --- ends ---
-
-    def _finished(self, conversation: Conversation, text: str, reason: str | None = None) -> Event:
-        event = self._event(conversation, text, reason or conversation.the_answer.finish_reason)
-        conversation.answer, conversation.paused = None, False
-        conversation.pending, conversation.fed = NO_IDS, 0
-        self._slots.stop_waiting(conversation)
-        self._conversations.touch(conversation)
-        for sibling in conversation.end_siblings():  # nobody feeds the prompt for them any more
-            self._slots.enter(sibling)
-        return event
-
-    def _broken_off(self, conversation: Conversation, error: Exception) -> Event:
-        """End an answer and nothing else: the conversation goes on from what its stream has taken."""
-        reason = " ".join(str(error).split())
-        if not isinstance(error, SinkError):
-            reason = f"{type(error).__name__}: {reason}"
-        return dataclasses.replace(self._finished(conversation, "", "error"), error=reason)
-
-    def _failed(self, conversation: Conversation, error: SinkError) -> Event:
-        """End a conversation: its stream may hold half a chunk, or numbers that are none."""
-        event = dataclasses.replace(self._finished(conversation, "", "error"), error=str(error))
-        self._session.reset([conversation.the_stream])
-        self.forget(conversation.name)
-        return event
-
-    def _event(self, conversation: Conversation, text: str, reason: str | None) -> Event:
-        answer = conversation.the_answer
-        logprobs = answer.take_logprobs()
-        return Event(conversation.name, text, reason, None, conversation.fed, answer.num_tokens, logprobs)
+        return self._runner.step()

@@ -49,7 +49,7 @@ def save_state(path: Path, manifest: Manifest, tensors: Mapping[str, StateArray]
     metadata = {"format": STATE_FORMAT, "version": STATE_VERSION, "fingerprint": manifest.fingerprint}
     try:
         with replacing(path) as file:
-            _write_safetensors(file, tensors, metadata)
+            write_safetensors(file, tensors, metadata)
     except OSError as error:
         raise _unwritable(path, error) from error
 
@@ -87,7 +87,7 @@ def read_state(path: Path, manifest: Manifest) -> dict[str, np.ndarray]:
         if is_special(path):
             raise OSError("a device, pipe or socket, no file")
         with safe_open(path, framework="numpy") as file:
-            _check_metadata(path, file.metadata() or {}, manifest)
+            check_metadata(path, file.metadata() or {}, manifest)
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
     except (OSError, SafetensorError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
@@ -111,17 +111,21 @@ def read_state(path: Path, manifest: Manifest) -> dict[str, np.ndarray]:
                     fix="use a state that this bundle saved",
                 )
             )
-    _check_range("position", tensors["position"], 0, manifest.stream.position_limit)
-    _check_range("recent_ids", tensors["recent_ids"], -1, manifest.model.vocab_size - 1)
+    check_range("position", tensors["position"], 0, manifest.stream.position_limit)
+    check_range("recent_ids", tensors["recent_ids"], -1, manifest.model.vocab_size - 1)
     for position, ids in zip(tensors["position"].tolist(), tensors["recent_ids"], strict=True):
         # Token t is at t mod C: the first `position` entries of a ring that is not full yet, then all of them.
-        _check_range("recent_ids", ids[:position], 0, manifest.model.vocab_size - 1)
+        check_range("recent_ids", ids[:position], 0, manifest.model.vocab_size - 1)
     return tensors
 
 
-def _check_metadata(path: Path, metadata: Mapping[str, str], manifest: Manifest) -> None:
+def check_metadata(path: Path, metadata: Mapping[str, str], manifest: Manifest, form: str = STATE_FORMAT) -> None:
+    """Make sure that a file is of this form and version, and of this bundle.
+
+    Raises: StateError.
+    """
     checks = (
-        ("format", STATE_FORMAT, "use a file that save_state wrote"),
+        ("format", form, "use a file that save_state wrote"),
         ("version", STATE_VERSION, "use the sinkexport version that saved it"),
         ("fingerprint", manifest.fingerprint, "it is of another model, window or batch: use the bundle that saved it"),
     )
@@ -133,7 +137,11 @@ def _check_metadata(path: Path, metadata: Mapping[str, str], manifest: Manifest)
             )
 
 
-def _check_range(name: str, values: np.ndarray, low: int, high: int) -> None:
+def check_range(name: str, values: np.ndarray, low: int, high: int) -> None:
+    """Make sure that all values of a tensor are from `low` to `high`.
+
+    Raises: StateError.
+    """
     outside = values[(values < low) | (values > high)]
     if outside.size:
         raise StateError(
@@ -141,7 +149,7 @@ def _check_range(name: str, values: np.ndarray, low: int, high: int) -> None:
         )
 
 
-def _write_safetensors(file: BinaryIO, tensors: Mapping[str, StateArray], metadata: Mapping[str, str]) -> None:
+def write_safetensors(file: BinaryIO, tensors: Mapping[str, StateArray], metadata: Mapping[str, str]) -> None:
     """Write a safetensors file. The format's own writer copies every tensor first; this one does not.
 
     Layout: uint64 little-endian header size, JSON header padded with spaces to 8 bytes, tensors without gaps.

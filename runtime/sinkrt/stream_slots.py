@@ -65,6 +65,17 @@ class StreamSlots:
         self._num_parked += 1
         return True
 
+    def park_somehow(self, conversation: Conversation, copy: StreamCopy, by_age: Iterable[Conversation]) -> bool:
+        """Do what `park` does, and forget idle ones that are parked until there is memory.
+
+        by_age: all conversations, those to be forgotten first at the front.
+        """
+        for idle in [c for c in by_age if c.copy is not None and not c.has_work]:
+            if self.park(conversation, copy):
+                return True
+            self._forget(idle)
+        return self.park(conversation, copy)
+
     def leave(self, conversation: Conversation) -> None:
         """Forget all that its stream holds."""
         self.stop_waiting(conversation)

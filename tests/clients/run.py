@@ -6,6 +6,7 @@ python -m tests.clients.run FOLDER    what `make test-clients` does; FOLDER has 
 from __future__ import annotations
 
 import os
+import secrets
 import shutil
 import subprocess
 import sys
@@ -19,6 +20,7 @@ from tests.runtime.toy import build_toy
 
 HERE = Path(__file__).parent
 SECONDS = 120
+CHROMIUM = ("chromium", "chromium-browser", "google-chrome")
 THINKING = (
     "{{ bos_token }}{% for m in messages %}[{{ m.role }}]{{ m.content + eos_token }}</think>{% endfor %}"
     "{% if add_generation_prompt %}[assistant]"
@@ -35,11 +37,20 @@ def main(folder: Path) -> int:
         shutil.copy(HERE / script, folder)  # node looks for packages beside the script
         commands.append([node, folder / script])
     failed = 0
+    key = secrets.token_hex(16)
+    chromium = next(filter(None, map(shutil.which, CHROMIUM)), None)
+    if chromium is None:
+        print("the web page was not tried: there is no Chromium", file=sys.stderr)
+    else:
+        shutil.copy(HERE / "page.mjs", folder)
+        commands.append([node, folder / "page.mjs"])
     with tempfile.TemporaryDirectory() as place:
         bundle = build_toy(Path(place) / "toy", MANY, template=THINKING)
-        with serving(bundle, Limits(max_tokens=100, grace_s=0)) as served:
+        limits = Limits(max_tokens=100, grace_s=0)
+        with serving(bundle, limits) as served, serving(bundle, limits, api_key=key) as locked:
+            found = {"LOCKED_URL": locked.url, "KEY": key, "CHROMIUM": chromium or ""}
             for command in commands:
-                environment = {**os.environ, "BASE_URL": f"{served.url}/v1"}
+                environment = {**os.environ, **found, "BASE_URL": f"{served.url}/v1"}
                 environment.pop("PYTHONPATH", None)
                 failed += subprocess.run(command, check=False, timeout=SECONDS, env=environment).returncode != 0
     print(f"{len(commands) - failed} of {len(commands)} clients are served as they expect")

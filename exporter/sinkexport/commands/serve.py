@@ -66,6 +66,26 @@ def _seconds(_ctx: click.Context, option: click.Parameter, value: float) -> floa
     metavar="MIB",
     callback=not_negative,
 )
+@number_option(
+    "--max-prefix-mib",
+    Limits.max_prefix_bytes // MIB,
+    "Memory for beginnings of prompts that clients share; 0: none are kept.",
+    metavar="MIB",
+    callback=not_negative,
+)
+@file_option(
+    "--prefix-dir", metavar="DIR", help="Keeps these beginnings on the disk too. They show what was in prompts."
+)
+@number_option(
+    "--max-prefix-dir-mib", Limits.max_prefix_dir_bytes // MIB, "Most that these files may take.", metavar="MIB"
+)
+@file_option(
+    "--state-dir",
+    metavar="DIR",
+    help="Keeps named conversations on the disk, beyond the server's end. They show what was said.",
+)
+@number_option("--save-every", Limits.save_every, "Tokens after which one at work is saved there again.")
+@number_option("--max-state-mib", Limits.max_state_bytes // MIB, "Most that these files may take.", metavar="MIB")
 @number_option("--max-prompt-tokens", Limits.max_prompt_tokens, "Longest prompt.")
 @number_option("--max-tokens", Limits.max_tokens, "Longest answer, and that of requests that do not say.")
 @number_option("--max-body-bytes", Limits.max_body_bytes, "Largest request.")
@@ -105,6 +125,12 @@ def command(
     max_conversations: int,
     max_parked_mib: int,
     max_stored_mib: int,
+    max_prefix_mib: int,
+    prefix_dir: Path | None,
+    max_prefix_dir_mib: int,
+    state_dir: Path | None,
+    save_every: int,
+    max_state_mib: int,
     max_prompt_tokens: int,
     max_tokens: int,
     max_body_bytes: int,
@@ -134,11 +160,24 @@ def command(
         max_body_bytes=max_body_bytes,
         max_parked_bytes=max_parked_mib * MIB,
         max_stored_bytes=max_stored_mib * MIB,
+        max_prefix_bytes=max_prefix_mib * MIB,
+        max_prefix_dir_bytes=max_prefix_dir_mib * MIB,
+        max_state_bytes=max_state_mib * MIB,
+        save_every=save_every,
         max_connections=max_connections,
         body_s=body_timeout,
         keep_alive_s=idle_timeout,
         stall_s=stall_timeout,
     )
+    if prefix_dir is not None and not max_prefix_mib:
+        raise UsageError(
+            problem(
+                "--prefix-dir",
+                received=f"'{prefix_dir}' with --max-prefix-mib 0",
+                expected="memory for what is read from it",
+                fix="leave out one of the two",
+            )
+        )
     api_keys = read_api_keys(api_key_file, os.environ.get(KEY_VARIABLE))
     check_exposure(host, has_key=api_keys is not None)
     from sinkrt import Session
@@ -157,6 +196,8 @@ def command(
             log_requests=log_requests,
             template_args=variables,
             allow_special=allow_special,
+            prefix_dir=prefix_dir,
+            state_dir=state_dir,
         )
         where = f"[{host}]" if ":" in host else host
         facts = session.manifest.stream

@@ -5,13 +5,16 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Callable
+from http import HTTPStatus
 from typing import Any, TypeVar
 
 from fastapi import FastAPI
 from sinkrt import UsageError
+from sinkrt.contract import StreamFacts
 from starlette.exceptions import HTTPException
 from starlette.requests import Request as HttpRequest
 from starlette.responses import JSONResponse, Response
+from starlette.routing import Match
 
 from sinkexport.serve.body import check_content_type, parse
 from sinkexport.serve.decode_loop import DecodeLoop
@@ -20,6 +23,7 @@ from sinkexport.serve.forms import ChatForm, CompletionForm, Form, ResponsesForm
 from sinkexport.serve.keys import ApiKeys
 from sinkexport.serve.metrics import CONTENT_TYPE, Metrics
 from sinkexport.serve.middleware import Middleware, owner_of
+from sinkexport.serve.page import add_page
 from sinkexport.serve.prompts import Prompts
 from sinkexport.serve.request_handler import Render, RequestHandler, RequestLimit, Wanted
 from sinkexport.serve.requests import (
@@ -46,18 +50,24 @@ def create_app(
     limits: Limits,
     *,
     model: str,
-    batch: int,
+    stream: StreamFacts,
     keys: ApiKeys | None,
 ) -> FastAPI:
     """Create the application over a running decode loop.
 
-    model: what clients call it. batch: B, streams of the session.
+    model: what clients call it. stream: of the session's bundle.
     """
     # Without its pages of documentation, which would load scripts from elsewhere.
     app = FastAPI(openapi_url=None, redirect_slashes=False)
     app.add_middleware(Middleware, metrics=metrics, keys=keys, max_body_bytes=limits.max_body_bytes)
-    answer = _Answer(decode_loop, limits, model, batch)
-    facts = {"id": model, "object": "model", "created": int(time.time()), "owned_by": "sinkexport"}
+    answer = _Answer(decode_loop, limits, model, stream.batch)
+    facts = {
+        "id": model,
+        "object": "model",
+        "created": int(time.time()),
+        "owned_by": "sinkexport",
+        "stream": {"num_sink_tokens": stream.num_sink_tokens, "window_size": stream.window_size},
+    }
 
     @app.api_route("/v1/models", methods=READ)
     async def models() -> Response:
@@ -67,6 +77,11 @@ def create_app(
     async def one_model(name: str) -> Response:
         answer.check_model(name)
         return JSONResponse(facts)
+
+    @app.api_route("/v1/conversations/{name}", methods=READ)
+    async def conversation(http: HttpRequest, name: str) -> Response:
+        position, at_work = await decode_loop.position(owner_of(http.scope), name)
+        return JSONResponse({"id": name, "object": "conversation", "position": position, "at_work": at_work})
 
     @app.delete("/v1/conversations/{name}")
     async def forget(http: HttpRequest, name: str) -> Response:
@@ -83,6 +98,7 @@ def create_app(
     async def prometheus() -> Response:
         return Response(metrics.text(), headers={"Content-Type": CONTENT_TYPE})
 
+    add_page(app, READ)
     _add_answers(app, answer, prompts, limits, model)
     _add_responses(app, answer, prompts, limits, model)
     _add_tokens(app, answer, prompts, limits)
@@ -239,8 +255,11 @@ async def _read(http: HttpRequest, kind: type[R], seconds: float) -> R:
 
 def _handle_errors(app: FastAPI) -> None:
     def handler(kind: type[Exception], to_api: Callable[[Exception], ApiError]) -> None:
-        async def respond(_http: HttpRequest, error: Exception) -> Response:
-            return to_api(error).response()
+        async def respond(http: HttpRequest, error: Exception) -> Response:
+            found = to_api(error)
+            if found.status == HTTPStatus.METHOD_NOT_ALLOWED:
+                found = ApiError(found.status, found.message, headers={"Allow": _allowed(app, http)})
+            return found.response()
 
         app.add_exception_handler(kind, respond)
 
@@ -250,10 +269,16 @@ def _handle_errors(app: FastAPI) -> None:
     handler(Exception, lambda _: _internal())  # the traceback goes to the log
 
 
+def _allowed(app: FastAPI, http: HttpRequest) -> str:
+    """Methods that all routes of a request's path take together; Starlette names those of the first one."""
+    partial = [route for route in app.routes if route.matches(http.scope)[0] is Match.PARTIAL]
+    return ", ".join(sorted({method for route in partial for method in getattr(route, "methods", None) or ()}))
+
+
 def _from_http(error: Exception) -> ApiError:
     if not isinstance(error, HTTPException):
         return _internal()
-    return ApiError(error.status_code, str(error.detail), headers=error.headers)  # a 405 has Allow
+    return ApiError(error.status_code, str(error.detail), headers=error.headers)
 
 
 def _internal() -> ApiError:

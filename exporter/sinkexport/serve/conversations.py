@@ -13,6 +13,7 @@ import itertools
 import numpy as np
 import numpy.typing as npt
 from sinkrt.answer import AnswerParams
+from sinkrt.errors import UsageError
 from sinkrt.sampler import SamplingParams
 from sinkrt.scheduler import Scheduler
 
@@ -30,6 +31,7 @@ class Work:
 
     ids: int64 [N], of the whole prompt. samplings: of each of its answers. name: of the conversation; None for a plain
     request. new: whether the prompt begins a named conversation. owner: name of the key that the request came with.
+    opening: number of first ids that other conversations of the same application begin with too.
     """
 
     ids: npt.NDArray[np.int64]
@@ -38,6 +40,7 @@ class Work:
     name: str | None = None
     new: bool = True
     owner: str = ""
+    opening: int = 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,7 +69,7 @@ class Conversations:
         Raises: ApiError if it is at work on another.
         """
         key = named(owner, name)
-        if key not in self._scheduler:
+        if not self._recalled(key):
             return False
         if self._scheduler.is_at_work(key):
             raise ApiError(
@@ -86,7 +89,12 @@ class Conversations:
         key, reused = self._plain(work) if work.name is None else self._named(work.name, work)
         first, *others = work.samplings
         lasting = work.name is not None
-        self._scheduler.submit(key, work.ids[reused:], first, work.params, lasting=lasting)
+        is_new = key not in self._scheduler
+        self._scheduler.submit(
+            key, work.ids[reused:], first, work.params, lasting=lasting, owner=work.owner, opening=work.opening
+        )
+        if is_new:
+            reused = self._scheduler.position(key)
         keys = [key]
         try:
             for sampling in others:
@@ -94,7 +102,7 @@ class Conversations:
                 if self._scheduler.num_pending(key):
                     self._scheduler.submit_sibling(key, sibling, work.ids, sampling, work.params)
                 else:  # its stream has taken the whole prompt before
-                    self._scheduler.submit(sibling, work.ids, sampling, work.params)
+                    self._scheduler.submit(sibling, work.ids, sampling, work.params, owner=work.owner)
                 keys.append(sibling)
         except Exception:
             for placed in keys:
@@ -107,13 +115,36 @@ class Conversations:
 
         Raises: ApiError if it is unknown or at work.
         """
+        key = self._existing(owner, name)
+        self.begun(owner, name)
+        self._scheduler.delete(key)
+
+    def position(self, owner: str, name: str) -> tuple[int, bool]:
+        """Tokens that a named conversation's stream has taken, and whether it is at work.
+
+        Raises: ApiError if it is unknown.
+        """
+        key = self._existing(owner, name)
+        return self._scheduler.position(key), self._scheduler.is_at_work(key)
+
+    def _existing(self, owner: str, name: str) -> str:
+        """The scheduler's name of a named conversation. Raises: ApiError if there is none."""
         key = named(owner, name)
-        if key not in self._scheduler:
+        if not self._recalled(key):
             raise ApiError(
                 404, f"conversation '{name}' does not exist", param="conversation", code="conversation_not_found"
             )
-        self.begun(owner, name)
-        self._scheduler.forget(key)
+        return key
+
+    def _recalled(self, key: str) -> bool:
+        """Whether there is a conversation, which is taken up from the disk if need be.
+
+        Raises: ApiError if there is no room for it.
+        """
+        try:
+            return self._scheduler.recall(key)
+        except UsageError as error:
+            raise ApiError(503, str(error), code="no_room") from error
 
     def cancel(self, key: str) -> None:
         """Stop a conversation's work. A named one takes the rest of its prompt with the next request."""
@@ -122,7 +153,9 @@ class Conversations:
 
     def _plain(self, work: Work) -> tuple[str, int]:
         key = self._scheduler.find_start(work.ids, plain(work.owner))
-        return (self._new(work.owner), 0) if key is None else (key, self._scheduler.position(key))
+        if key is None or self._scheduler.position(key) < self._scheduler.kept_start(work.owner, work.ids):
+            return self._new(work.owner), 0
+        return key, self._scheduler.position(key)
 
     def _named(self, name: str, work: Work) -> tuple[str, int]:
         if self.begun(work.owner, name) == work.new:

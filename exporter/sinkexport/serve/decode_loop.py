@@ -13,6 +13,8 @@ from concurrent.futures import Future
 from typing import TypeVar
 
 from sinkrt import Session
+from sinkrt.conversation_folder import ConversationFolder
+from sinkrt.prefix_store import PrefixStore
 from sinkrt.scheduler import Event, Scheduler
 
 from sinkexport.serve.conversations import Conversations, Placed, Work
@@ -33,18 +35,31 @@ logger = logging.getLogger("sinkexport.serve")
 
 
 class DecodeLoop:
-    """Runs the scheduler of `session`. Both belong to the loop's thread from `start` on.
+    """Runs the scheduler of `session`, with `prefixes` and `folder`. All belong to the loop's thread from `start` on.
 
     If the thread dies, `failure` says why. Every request at work gets 503, and so does every later one.
     """
 
-    def __init__(self, session: Session, limits: Limits, metrics: Metrics) -> None:
+    def __init__(
+        self,
+        session: Session,
+        limits: Limits,
+        metrics: Metrics,
+        prefixes: PrefixStore | None = None,
+        folder: ConversationFolder | None = None,
+    ) -> None:
         self._session = session
         self._limits = limits
         self._metrics = metrics
         self.scheduler = Scheduler(
-            session, max_conversations=limits.max_conversations, max_parked_bytes=limits.max_parked_bytes
+            session,
+            max_conversations=limits.max_conversations,
+            max_parked_bytes=limits.max_parked_bytes,
+            prefixes=prefixes,
+            folder=folder,
+            save_every=limits.save_every,
         )
+        self._prefixes = prefixes
         self._conversations = Conversations(self.scheduler, limits)
         self._inbox: queue.SimpleQueue[Command | None] = queue.SimpleQueue()  # None: stop
         self.responses: dict[str, ResponseQueue] = {}  # of requests at work, by the scheduler's name
@@ -77,6 +92,10 @@ class DecodeLoop:
     async def begun(self, owner: str, name: str) -> bool:
         """See `Conversations.begun`."""
         return await self._call(lambda: self._conversations.begun(owner, name))
+
+    async def position(self, owner: str, name: str) -> tuple[int, bool]:
+        """See `Conversations.position`."""
+        return await self._call(lambda: self._conversations.position(owner, name))
 
     async def delete(self, owner: str, name: str) -> None:
         """See `Conversations.delete`."""
@@ -146,6 +165,10 @@ class DecodeLoop:
             reason = f"the decode loop has failed: {type(error).__name__}: {' '.join(str(error).split())}"
             self._failure = reason
             self.totals.failed = True
+        try:
+            self.scheduler.close(save=self._failure is None)
+        except Exception:
+            logger.exception("conversations could not be saved")
         with self._lock:
             self._closed = True
         while not self._inbox.empty():  # commands that came too late: nobody must wait for them forever
@@ -262,6 +285,8 @@ class DecodeLoop:
         totals = self.totals
         totals.running, totals.waiting, totals.parked = load.running, load.waiting, load.parked
         totals.conversations = load.conversations
+        if self._prefixes is not None:
+            totals.prefixes, totals.prefix_bytes = len(self._prefixes), self._prefixes.num_bytes
         totals.prompt_tokens, totals.answer_tokens = self.scheduler.prompt_tokens, self.scheduler.answer_tokens
 
     @staticmethod

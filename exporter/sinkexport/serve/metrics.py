@@ -63,6 +63,7 @@ class Totals:
     prompt_tokens, reused_tokens, answer_tokens: since the start, tokens of prompts fed, of prompts that a stream had
     taken already, and of answers.
     running, waiting, parked, conversations: see `sinkrt.scheduler.Load`. failed: the loop is down.
+    prefixes, prefix_bytes: beginnings of prompts that are kept in memory, and what they take.
     """
 
     def __init__(self) -> None:
@@ -73,6 +74,8 @@ class Totals:
         self.waiting = 0
         self.parked = 0
         self.conversations = 0
+        self.prefixes = 0
+        self.prefix_bytes = 0
         self.failed = False
 
 
@@ -95,4 +98,6 @@ class _TotalsCollector(Collector):
         ):
             yield GaugeMetricFamily(f"sinkexport_{name}_conversations", about, value=getattr(totals, name))
         yield GaugeMetricFamily("sinkexport_conversations", "Conversations remembered", value=totals.conversations)
+        yield GaugeMetricFamily("sinkexport_prefixes", "Beginnings of prompts kept in memory", value=totals.prefixes)
+        yield GaugeMetricFamily("sinkexport_prefix_bytes", "Memory that they take", value=totals.prefix_bytes)
         yield GaugeMetricFamily("sinkexport_engine_up", "1 while decoding works", value=0 if totals.failed else 1)

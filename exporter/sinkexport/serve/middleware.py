@@ -11,9 +11,12 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from sinkexport.serve.errors import ApiError
 from sinkexport.serve.keys import ApiKeys
 from sinkexport.serve.metrics import Metrics
+from sinkexport.serve.page import PAGES
 
-OPEN_PATHS = ("/health",)
-"""Paths that supervisors may ask without a key."""
+OPEN_PATHS = ("/health", *PAGES)
+"""Paths that supervisors and browsers may read without a key."""
+
+READING = ("GET", "HEAD")
 
 MAX_HEADERS = 100
 MAX_HEADER_BYTES = 16 * 1024
@@ -73,7 +76,7 @@ class Middleware:
                     "a server without an API key is asked by address or as 'localhost' only: its Host "
                     "header must say so",
                 )
-        elif scope["path"] not in OPEN_PATHS:
+        elif scope["path"] not in OPEN_PATHS or scope["method"] not in READING:
             owner = self._keys.name_of(values_of(scope, b"authorization"))
             if owner is None:
                 raise ApiError(401, "no valid API key; send 'Authorization: Bearer KEY'")

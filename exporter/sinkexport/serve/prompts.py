@@ -14,6 +14,7 @@ from sinkrt.text.special_text import texts_in
 from sinkrt.text.thinking import Thinking
 
 from sinkexport.serve.errors import ApiError, shown
+from sinkexport.serve.openings import Openings
 from sinkexport.serve.requests import ChatPrompt, CompletionRequest, TokenizeRequest
 
 CHAT_THREADS = 2
@@ -28,10 +29,15 @@ logger = logging.getLogger("sinkexport.serve")
 
 @dataclasses.dataclass(frozen=True)
 class Rendered:
-    """A prompt as the model takes it. thinking: how its answer is taken apart; None: it is not."""
+    """A prompt as the model takes it.
+
+    thinking: how its answer is taken apart; None: it is not. opening: number of first ids that all chats with these
+    system messages begin with; 0: unknown.
+    """
 
     ids: list[int]
     thinking: Thinking | None = None
+    opening: int = 0
 
 
 class Prompts:
@@ -58,6 +64,7 @@ class Prompts:
         self._require_pinned = require_pinned
         self._stopping = stopping
         self._noted = False
+        self._openings = Openings(lambda prompt, args: self._chat_ids(prompt, args, True))
         # Threads of their own: a chat template that takes long holds up no other kind of request.
         self._threads = ThreadPoolExecutor(CHAT_THREADS, "sinkexport-chat")
 
@@ -103,7 +110,8 @@ class Prompts:
         """Do the work of `chat` in the caller's thread."""
         args = self._args(prompt)
         ids = self._chat_ids(prompt, args, new)
-        return Rendered(ids, self._tokenizer.thinking(args) if prompt.split else None)
+        thinking = self._tokenizer.thinking(args) if prompt.split else None
+        return Rendered(ids, thinking, self._openings.size(ids, prompt, args) if new else 0)
 
     def _args(self, prompt: ChatPrompt) -> dict[str, Any]:
         """Variables of the template: the server's, and the request's, which go first."""

@@ -103,7 +103,7 @@ class RequestHandler:
             if thinking is not None:  # its tags may be special tokens
                 params = dataclasses.replace(params, shown=frozenset((thinking.start, thinking.end)))
             ids = np.array(rendered.ids, dtype=np.int64)
-            work = Work(ids, wanted.samplings, params, wanted.name, new, wanted.owner)
+            work = Work(ids, wanted.samplings, params, wanted.name, new, wanted.owner, rendered.opening)
             try:
                 self._placed = await self._decode_loop.submit(work, self._responses)
             except BegunError:

@@ -7,11 +7,14 @@ import contextlib
 import functools
 import socket
 from collections.abc import AsyncIterator, Mapping
+from pathlib import Path
 from typing import Any, cast
 
 import uvicorn
 from fastapi import FastAPI
 from sinkrt import Session
+from sinkrt.conversation_folder import ConversationFolder
+from sinkrt.prefix_store import open_prefix_store
 
 from sinkexport.serve.app import create_app
 from sinkexport.serve.connections import ACCEPT_BATCH, Connection, ConnectionTable, free_files
@@ -34,8 +37,10 @@ class Server:
     pin_system: refuse system messages that the sinks do not keep forever.
     template_args: variables of the chat template. allow_special: let names of special tokens in prompts of completions
     become those tokens. A request may change both for itself.
+    prefix_dir: folder that keeps beginnings of prompts; None: they end with the server. state_dir: the same of named
+    conversations.
 
-    Raises: UsageError if the bundle has no tokenizer, or too few files may be open.
+    Raises: UsageError if the bundle has no tokenizer, too few files may be open, or the folder cannot be written.
     """
 
     def __init__(
@@ -49,12 +54,21 @@ class Server:
         log_requests: bool = False,
         template_args: Mapping[str, Any] | None = None,
         allow_special: bool = False,
+        prefix_dir: Path | None = None,
+        state_dir: Path | None = None,
     ) -> None:
         if template_args:  # a variable that the template does not read is refused now, not with every request
             session.tokenizer.render_chat([{"role": "user", "content": "?"}], template_args=template_args)
         self.model = model_name or session.manifest.model.name
         metrics = Metrics()
-        self.decode_loop = DecodeLoop(session, limits, metrics)
+        prefixes = None
+        if limits.max_prefix_bytes:
+            manifest, most = session.manifest, limits.max_prefix_dir_bytes
+            prefixes = open_prefix_store(manifest, limits.max_prefix_bytes, prefix_dir, most)
+        folder = None
+        if state_dir is not None:
+            folder = ConversationFolder(state_dir, session.manifest, limits.max_state_bytes)
+        self.decode_loop = DecodeLoop(session, limits, metrics, prefixes, folder)
         self._prompts = Prompts(
             session.tokenizer,
             dict(template_args or {}),
@@ -68,7 +82,7 @@ class Server:
             metrics,
             limits,
             model=self.model,
-            batch=session.batch,
+            stream=session.manifest.stream,
             keys=None if api_keys is None else ApiKeys(api_keys),
         )
         self.app.router.lifespan_context = self._lifespan

@@ -7,6 +7,7 @@ import ipaddress
 import socket
 
 from sinkrt.errors import UsageError, problem
+from sinkrt.keeper import SAVE_EVERY
 
 from sinkexport.serve.keys import KEY_VARIABLE
 from sinkexport.util.process_memory import MIB
@@ -27,6 +28,9 @@ class Limits:
     max_tokens: of one answer; also the default of requests that do not say.
     max_body_bytes: of one request. max_parked_bytes: memory for conversations that are in no stream, >= 0.
     max_stored_bytes: memory for responses that clients may refer to, >= 0.
+    max_prefix_bytes: memory for beginnings of prompts that clients share, >= 0; 0: none are kept.
+    max_prefix_dir_bytes, max_state_bytes: all files of such beginnings, and of named conversations.
+    save_every: tokens after which a named conversation at work is saved again.
     stall_s: seconds until a client that takes no text is given up.
     grace_s: seconds that requests get to end when the server is stopped, >= 0.
     max_connections: open at a time.
@@ -43,6 +47,10 @@ class Limits:
     max_body_bytes: int = MIB
     max_parked_bytes: int = 1024 * MIB
     max_stored_bytes: int = 16 * MIB
+    max_prefix_bytes: int = 256 * MIB
+    max_prefix_dir_bytes: int = 4096 * MIB
+    max_state_bytes: int = 4096 * MIB
+    save_every: int = SAVE_EVERY
     stall_s: float = 60.0
     grace_s: float = 10.0
     max_connections: int = 256
@@ -51,7 +59,13 @@ class Limits:
     keep_alive_s: float = 30.0
 
     def __post_init__(self) -> None:
-        least = {"max_waiting": 0, "max_parked_bytes": 0, "max_stored_bytes": 0, **dict.fromkeys(SECONDS, 0)}
+        least = {
+            "max_waiting": 0,
+            "max_parked_bytes": 0,
+            "max_stored_bytes": 0,
+            "max_prefix_bytes": 0,
+            **dict.fromkeys(SECONDS, 0),
+        }
         for field in dataclasses.fields(self):
             value, minimum = getattr(self, field.name), least.get(field.name, 1)
             if value < minimum:

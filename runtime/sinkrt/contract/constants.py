@@ -26,8 +26,9 @@ PLUGIN_FILE = f"{ENGINE_FOLDER}/libsinkexport_plugin.so"
 """Where 'sinkexport build' puts the plugin, and sessions look for it."""
 
 STATE_FORMAT = "sinkrt-state"
+STREAM_FORMAT = "sinkrt-stream"
 STATE_VERSION = "2"
-"""Version of the files that `save_state` writes."""
+"""Version of the files of states and of single streams."""
 
 PLUGIN_ABI = "5"
 """Version of the TensorRT plugins' names, inputs, outputs and fields, as the graphs of this version have them."""

@@ -89,7 +89,7 @@ def test_threads_are_at_least_one_in_every_command(name: str, tmp_path: Path) ->
 
 def test_serve_shows_the_limits_of_the_server() -> None:
     shown = {option.name: option.default for option in command_of("serve").params}
-    for name in ("max_parked", "max_stored"):
+    for name in ("max_parked", "max_stored", "max_prefix", "max_prefix_dir", "max_state"):
         shown[f"{name}_bytes"] = shown.pop(f"{name}_mib") * 2**20
     for name, option in (("body_s", "body_timeout"), ("keep_alive_s", "idle_timeout"), ("stall_s", "stall_timeout")):
         shown[name] = shown.pop(option)

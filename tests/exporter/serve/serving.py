@@ -56,13 +56,16 @@ def serving(
     api_key: str | Mapping[str, str] | None = None,
     pin_system: bool = False,
     allow_special: bool = False,
+    prefix_dir: Path | None = None,
+    state_dir: Path | None = None,
     send_buffer: int | None = None,
 ) -> Iterator[Served]:
     with listen("127.0.0.1", 0) as listener, Session.load(bundle, threads=1) as session:
         if send_buffer:
             listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, send_buffer)  # connections inherit it
         keys = {"default": api_key} if isinstance(api_key, str) else api_key
-        server = Server(session, limits, api_keys=keys, pin_system=pin_system, allow_special=allow_special)
+        options = {"pin_system": pin_system, "allow_special": allow_special}
+        server = Server(session, limits, api_keys=keys, prefix_dir=prefix_dir, state_dir=state_dir, **options)
         thread = threading.Thread(target=server.run, args=(listener,))
         thread.start()
         try:

@@ -341,12 +341,22 @@ def test_methods_of_the_other_routes_and_unknown_paths(served: Served) -> None:
         (COMPLETIONS, "POST"),
         ("/v1/responses", "POST"),
         ("/tokenize", "POST"),
-        ("/v1/conversations/x", "DELETE"),
+        ("/v1/conversations/x", "DELETE, GET, HEAD"),
+        ("/v1/responses/x", "DELETE, GET, HEAD"),
     ):
-        for method in ("OPTIONS", "GET", "HEAD"):
+        for method in ("OPTIONS", "GET", "HEAD") if "GET" not in allowed else ("OPTIONS", "POST"):
             response = httpx.request(method, served.url + path)
             assert (response.status_code, response.headers["allow"]) == (405, allowed)
-    for path in ("/", "/v1", "/v1/models/", "/health/", "/docs", "/openapi.json", "/v1/chat/completions/", "//health"):
+    for path in (
+        "/page",
+        "/v1",
+        "/v1/models/",
+        "/health/",
+        "/docs",
+        "/openapi.json",
+        "/v1/chat/completions/",
+        "//health",
+    ):
         message_of(httpx.get(served.url + path), 404)
 
 
