@@ -62,7 +62,9 @@ class Libraries:
         common.check(self.linear, params)
         common.launch(self.linear, params, self.workspace.data_ptr())
 
-    def normed(self, x: torch.Tensor, weight: torch.Tensor, residual: torch.Tensor, total: torch.Tensor) -> torch.Tensor:
+    def normed(
+        self, x: torch.Tensor, weight: torch.Tensor, residual: torch.Tensor, total: torch.Tensor
+    ) -> torch.Tensor:
         """A norm of x + residual, which goes to `total`."""
         y = torch.empty_like(x)
         common.launch(
@@ -115,7 +117,9 @@ def random_layer(form: str, hidden: int, qkv: int, attended: int, width: int) ->
     return Layer(matrices, norms)  # type: ignore[arg-type]
 
 
-def steps(libraries: Libraries, layers: list[Layer], num_rows: int, shape: tuple[int, ...]) -> dict[str, Callable[[], None]]:
+def steps(
+    libraries: Libraries, layers: list[Layer], num_rows: int, shape: tuple[int, ...]
+) -> dict[str, Callable[[], None]]:
     """All layers, with launches apart and fused."""
     hidden, qkv, attended, width = shape
     half = {"dtype": torch.float16, "device": "cuda"}

@@ -60,7 +60,7 @@ REFUSED = [
     ({"dtype": 2}, "dtype: received 2, expected 0 (float16) or 1 (bfloat16)"),
     ({"weight_type": 3}, "weight_type: received 3, expected 0 (int8), 1 (half) or 2 (int4)"),
     ({**NORM, "norm_epsilon": 0.0}, "epsilon: received 0, expected a finite number > 0"),
-    ({"norm_epsilon": 1e-5}, "float_norm_weight, norm_epsilon: received one of them, expected none without norm_weight"),
+    ({"norm_epsilon": 1e-5}, "float_norm_weight, norm_epsilon: received one of them, expected none without"),
     ({**GATE, "num_outputs": 48}, "num_outputs: received 48, expected a multiple of 32 with a gate"),
     ({**GATE, "activation": 3}, "activation: received 3, expected 0 (silu), 1 (gelu) or 2 (gelu by tanh)"),
     ({"activation": 1}, "activation: received 1, expected 0 without a gate"),

@@ -20,6 +20,7 @@ HALF = ir.DataType.FLOAT16
 WIDTH_MULTIPLE = 8
 """What the kernel takes: plugins/kernels/gated_activation.h."""
 
+
 class UseGatePlugin(GraphPass):
     """Hand over every float16 gate whose width the kernel takes; others stay as they are."""
 
