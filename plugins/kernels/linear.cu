@@ -119,6 +119,7 @@ bool launchHeld(const LinearParams& p, const Device& device, cudaStream_t stream
          launchResident<Weight, Half, 1, 4, 3>(p, device, stream, error);
 }
 
+<<<<<<< HEAD
 // By whole warpgroups. True: launched, or `error`.
 bool launchedWide(const LinearParams& p, void* workspace, const Device& device, cudaStream_t stream,
                   cudaError_t& error) {
@@ -128,26 +129,16 @@ bool launchedWide(const LinearParams& p, void* workspace, const Device& device, 
 }
 
 // gate | up of up to 16 tokens. True: launched, or `error`.
+=======
+// gate | up of as many tokens as take less time so than by two launches. True: launched, or `error`.
+>>>>>>> gpu-fuse
 template <typename Weight, typename Half>
 bool launchFewGated(const LinearParams& p, const Device& device, cudaStream_t stream, cudaError_t& error) {
-  const OneMatrix<true> task{p};
-  constexpr int kHalfLine = kLineBytes / 2;
-  const auto fits = [&](int bytes) { return bytes <= device.shared_bytes; };
-  if (p.num_rows > kFewTokens) return false;
-  if (p.num_rows > 8) {
-    constexpr int kStages = kIsInt4<Weight> ? 2 : kIsInt8<Weight> ? 4 : 3, kWarps = kIsInt8<Weight> ? 8 : 4;
-    constexpr int kLine = kIsHalf<Weight> ? kLineBytes : kHalfLine;
-    if (!fits(fewSharedBytes<Weight, kLine>(2, p.num_rows, 4, kStages))) return false;
-    error = launchFew<Weight, Half, 2, 2, kWarps, kStages, kLine>(task, device, stream);
-    return true;
-  }
-  constexpr int kLine = kIsInt4<Weight> ? kHalfLine : kLineBytes, kStages = kIsInt4<Weight> ? 3 : 2;
-  if (!fits(fewSharedBytes<Weight, kLine>(2, p.num_rows, 4, kStages))) return false;
-  if (kIsInt4<Weight> && p.num_rows <= 4 && fits(fewSharedBytes<Weight, 2 * kLineBytes>(2, p.num_rows, 4, 2))) {
-    error = launchFew<Weight, Half, 2, 1, 4, 2, 2 * kLineBytes>(task, device, stream);
-  } else {
-    error = launchFew<Weight, Half, 2, 1, 8, kStages, kLine>(task, device, stream);
-  }
+  constexpr int kMostTokens = kIsInt4<Weight> ? 4 : 8, kWarps = kIsInt4<Weight> ? 4 : 8;
+  constexpr int kLine = kIsInt4<Weight> ? 2 * kLineBytes : kLineBytes;
+  if (p.num_rows > kMostTokens) return false;
+  if (fewSharedBytes<Weight, kLine>(2, p.num_rows, 4, 2) > device.shared_bytes) return false;
+  error = launchFew<Weight, Half, 2, 1, kWarps, 2, kLine>(OneMatrix<true>{p}, device, stream);
   return true;
 }
 

@@ -41,8 +41,8 @@ struct LinearParams {
   void* y = nullptr;             // half [M, N], gated: [M, N / 2]; sums are float32, and what follows, rounded once
 
   // Nothing that was put into the stream before this and may not have ended by now writes `weight`, its scales and zero
-  // points, `bias` or `norm_weight`, as is so for a model's weights. Where a kernel can start before the one ahead of it
-  // ends (compute capability 9.0 and above), its first weights are then read early; all else waits.
+  // points, `bias` or `norm_weight`, as is so for a model's weights. Where a kernel can start before the one ahead of
+  // it ends (compute capability 9.0 and above), its first weights are then read early; all else waits.
   bool constant_weight = false;
   WeightType weight_type = WeightType::kInt8;
 
@@ -57,7 +57,8 @@ struct LinearParams {
 
   const void* residual = nullptr;  // half [M, N], added to the sums; null: none
 
-  // Rows of the weight, and what goes with them, are gate | up, N / 2 each, a multiple of 16: y = activation(gate) * up.
+  // Rows of the weight, and what goes with them, are gate | up, N / 2 each, a multiple of 16: y = activation(gate) *
+  // up.
   bool is_gated = false;  // not with a residual
   Activation activation = Activation::kSilu;
 };

@@ -199,8 +199,8 @@ __device__ __forceinline__ float activatedBy(Activation activation, float x) {
                                            : activated<Activation::kGeluTanh>(x);
 }
 
-// One of a tile's outputs: what makes it of its sums, which is read before they are there. Scales and biases are read at
-// once, the residual later: an earlier kernel may write it.
+// One of a tile's outputs: what makes it of its sums, which is read before they are there. Scales and biases are read
+// at once, the residual later: an earlier kernel may write it.
 template <typename Weight, typename Half, int kRows, bool kIsGated>
 struct TileOutput {
   static constexpr int kOutputs = kIsGated ? kRows / 2 : kRows;  // of y, in a tile

@@ -35,7 +35,8 @@ class Linear final : public KernelOperator<LinearParams, linearProblem, launchLi
       problem = "field 'norm': received " + std::to_string(norm_) + ", expected 0 (none), 1 (half) or 2 (float32)";
     }
     if (problem.empty() && (norm_ != 0) != (norm_epsilon_ > 0.0f)) {
-      problem = "field 'norm_epsilon': received " + std::to_string(norm_epsilon_) + ", expected > 0 with a norm, else 0";
+      problem =
+          "field 'norm_epsilon': received " + std::to_string(norm_epsilon_) + ", expected > 0 with a norm, else 0";
     }
     if (problem.empty() && (gate_ < 0 || gate_ > kMostGate)) {
       problem = "field 'gate': received " + std::to_string(gate_) +
