@@ -119,7 +119,6 @@ bool launchHeld(const LinearParams& p, const Device& device, cudaStream_t stream
          launchResident<Weight, Half, 1, 4, 3>(p, device, stream, error);
 }
 
-<<<<<<< HEAD
 // By whole warpgroups. True: launched, or `error`.
 bool launchedWide(const LinearParams& p, void* workspace, const Device& device, cudaStream_t stream,
                   cudaError_t& error) {
@@ -128,10 +127,7 @@ bool launchedWide(const LinearParams& p, void* workspace, const Device& device, 
   return launched || error != cudaSuccess;
 }
 
-// gate | up of up to 16 tokens. True: launched, or `error`.
-=======
 // gate | up of as many tokens as take less time so than by two launches. True: launched, or `error`.
->>>>>>> gpu-fuse
 template <typename Weight, typename Half>
 bool launchFewGated(const LinearParams& p, const Device& device, cudaStream_t stream, cudaError_t& error) {
   constexpr int kMostTokens = kIsInt4<Weight> ? 4 : 8, kWarps = kIsInt4<Weight> ? 4 : 8;
