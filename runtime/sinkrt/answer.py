@@ -13,6 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from sinkrt.errors import UsageError, problem
+from sinkrt.grammar import CompiledGrammar
 from sinkrt.logit_rules import LogitParams, LogitRules, TokenLogprob
 from sinkrt.sampler import Sampler, SamplingParams
 from sinkrt.text import MAX_PENDING, Tokenizer
@@ -30,6 +31,8 @@ class AnswerParams:
     count there, although answers do not show those.
     ignore_eos: go on when the model ends its text.
     shown: names of special tokens that the answer shows, for whoever takes it apart. logits: see `LogitParams`.
+    grammar: what the answer must match; it ends where that says so, and after the tokens that
+    may be under one.
 
     Raises: UsageError.
     """
@@ -39,6 +42,7 @@ class AnswerParams:
     ignore_eos: bool = False
     shown: frozenset[str] = frozenset()
     logits: LogitParams = dataclasses.field(default_factory=LogitParams)
+    grammar: CompiledGrammar | None = None
 
     def __post_init__(self) -> None:
         if self.max_tokens is not None and (not isinstance(self.max_tokens, (int, np.integer)) or self.max_tokens < 1):
@@ -80,9 +84,13 @@ class Answer:
         self._tokenizer = tokenizer
         self._matcher = StopMatcher(params.stop)
         self._params = params
+        self._max_tokens = params.max_tokens
+        if params.grammar is not None:
+            self._max_tokens = min(params.max_tokens or params.grammar.max_tokens, params.grammar.max_tokens)
         # A stop sequence that is one special token ends the text as the model's own end does: it is not fed.
-        stops = {tokenizer.special_id(text) for text in params.stop} - {None}
-        self._ends = frozenset(stops.union(() if params.ignore_eos else eos_token_ids))
+        stops = frozenset(token for text in params.stop if (token := tokenizer.special_id(text)) is not None)
+        self._ends = stops.union(() if params.ignore_eos else eos_token_ids)
+        self._grammar = None if params.grammar is None else params.grammar.matcher(self._ends)
         self._num_tokens = 0
         self._num_characters = 0  # of the text so far, with what is held back
         self._picked: TokenLogprob | None = None
@@ -109,13 +117,22 @@ class Answer:
     def pick(self, logits: npt.NDArray[np.float32], recent: npt.NDArray[np.int64], position: int) -> int | None:
         """The next token to feed, or None at the end of the text. Arguments as in `Sampler.sample`.
 
-        Raises: BackendError if the logits are not numbers.
+        Raises: BackendError if the logits are not numbers; UsageError if the grammar needs more than it may.
         """
-        token = self._sampler.sample(logits, recent, position)
+        allowed = None
+        if self._grammar is not None:
+            self._grammar.rollback(self._grammar.num_tokens - self._num_tokens)  # of a token that was never fed
+            allowed = self._grammar.allowed()
+            if allowed is None:
+                self._finish_reason = "stop"
+                return None
+        token = self._sampler.sample(logits, recent, position, allowed)
         if token in self._ends:
             self._finish_reason = "stop"
             return None
         self._picked = None if self._rules is None else self._rules.report(logits, token)
+        if self._grammar is not None:
+            self._grammar.take(token)  # what may come next is found out while the model's step runs
         return token
 
     def push(self, token: int) -> str:
@@ -130,9 +147,9 @@ class Answer:
             text, name = text + name, ""
         self._num_characters += len(text)
         piece = self._matcher.push(text, name)
-        if self._matcher.matched:
+        if self._matcher.matched or (self._grammar is not None and self._grammar.is_over):
             self._finish_reason = "stop"
-        elif self._num_tokens == self._params.max_tokens:
+        elif self._num_tokens == self._max_tokens:
             self._finish_reason = "length"
         return piece
 

@@ -13,6 +13,7 @@ from collections.abc import Callable
 import numpy as np
 import numpy.typing as npt
 
+from sinkrt.allowed import Allowed
 from sinkrt.contract.sampling import MAX_PENALTY, MAX_TOP_K, MIN_PENALTY, SEED_LIMIT, SamplingParams
 from sinkrt.errors import BackendError, UsageError, problem
 from sinkrt.logit_rules import LogitRules
@@ -55,12 +56,19 @@ class Sampler:
         self._seed = secrets.randbits(64) if params.seed is None else params.seed
         self._scratch = np.empty(vocab_size, dtype=np.float32)
 
-    def sample(self, logits: npt.NDArray[np.float32], recent: npt.NDArray[np.int64], position: int) -> int:
+    def sample(
+        self,
+        logits: npt.NDArray[np.float32],
+        recent: npt.NDArray[np.int64],
+        position: int,
+        allowed: Allowed | None = None,
+    ) -> int:
         """The token that follows.
 
         logits: float32 [vocab], left as they are. recent: int64 [N], tokens for the repetition penalty; negative
         entries are none. position: where in the stream the new token will lie. With the same seed, the random draw
         depends on the position only, so a stream that is saved and loaded goes on as if nothing had happened.
+        allowed: tokens to pick from; None: all.
 
         Raises: BackendError if the logits are not numbers; UsageError if the penalty makes them so large.
         """
@@ -75,9 +83,14 @@ class Sampler:
                     fix="reset the stream; if this is an fp16 bundle that overflows, export with --dtype fp32",
                 )
             )
-        if params.repetition_penalty != 1.0 or self._rules is not None:
+        ids = None if allowed is None else allowed.ids
+        if params.repetition_penalty != 1.0 or self._rules is not None or allowed is not None:
             with np.errstate(over="ignore"):  # looked for below
                 logits = self._changed(logits, recent)
+            if ids is not None:
+                logits = logits[ids]
+            elif allowed is not None and allowed.bias is not None:
+                logits = np.add(logits, allowed.bias, out=self._scratch)
             best = int(logits.argmax())
             if not math.isfinite(logits[best]):  # the model's numbers are fine: so is its stream
                 raise UsageError(
@@ -89,12 +102,13 @@ class Sampler:
                     )
                 )
         if params.temperature == 0:
-            return best
-        ids, weights = candidates(logits, params, self._scratch)
+            return best if ids is None else int(ids[best])
+        chosen, weights = candidates(logits, params, self._scratch[: logits.size])
         cumulative = np.cumsum(weights, dtype=np.float64)
         pick = int(np.searchsorted(cumulative, self._draw(self._seed, position) * cumulative[-1], side="right"))
         # Rounding may carry the scaled draw up to the sum itself: then the last token of any weight is meant.
-        return int(ids[min(pick, int(np.searchsorted(cumulative, cumulative[-1])))])
+        last = int(chosen[min(pick, int(np.searchsorted(cumulative, cumulative[-1])))])
+        return last if ids is None else int(ids[last])
 
     def _changed(self, logits: npt.NDArray[np.float32], recent: npt.NDArray[np.int64]) -> npt.NDArray[np.float32]:
         """Logits after bias and penalties, in the scratch memory or as they are."""

@@ -29,6 +29,7 @@ from sinkrt.backends.base import StateArray
 from sinkrt.contract import Manifest, check_files, load_manifest
 from sinkrt.errors import UsageError, problem
 from sinkrt.generate import check_batch, generate
+from sinkrt.grammar import GrammarCompiler, grammar_of
 from sinkrt.graph_runner import GraphRunner, StreamCopy, smallest_chunk
 from sinkrt.sampler import SamplingParams
 from sinkrt.state import read_state, save_state
@@ -65,6 +66,7 @@ class Session:
         # None: the session is closed.
         self._runner: GraphRunner | None = GraphRunner(loaded, self._table, manifest.stream.chunk_size, manifest.target)
         self._tokenizer: Tokenizer | None = None
+        self._grammars: GrammarCompiler | None = None
 
     @classmethod
     def load(
@@ -146,6 +148,16 @@ class Session:
         if self._tokenizer is None:
             self._tokenizer = Tokenizer.load(self._bundle, self._manifest)
         return self._tokenizer
+
+    @property
+    def grammars(self) -> GrammarCompiler:
+        """Makes grammars ready for the bundle's tokenizer.
+
+        Raises: UsageError, BundleError as `tokenizer`.
+        """
+        if self._grammars is None:
+            self._grammars = GrammarCompiler(self.tokenizer, self._manifest.model.vocab_size)
+        return self._grammars
 
     @property
     def buffers(self) -> dict[str, StateArray]:
@@ -284,6 +296,9 @@ class Session:
         stop: str | Sequence[str] = (),
         ignore_eos: bool = False,
         allow_special: bool = False,
+        json_schema: Mapping[str, Any] | bool | str | None = None,
+        regex: str | None = None,
+        grammar: str | None = None,
     ) -> Iterator[str]:
         """Feed `prompt`, a text or ids, and yield the answer's text piece by piece, whole characters only.
 
@@ -292,6 +307,8 @@ class Session:
         stop: one or several texts; the answer ends before the first that comes, special tokens included.
         allow_special: the names of special tokens in a prompt of text become those tokens, as in a rendered chat;
         otherwise they are text like any other, and a warning says so.
+        json_schema: object, or JSON text, that the answer is made to match; `regex` and `grammar` (Lark or GBNF) are
+        other ways to say what it must match. They need llguidance. An answer that max_tokens ends is a part only.
         The other options are those of `SamplingParams`. The prompt is fed at once, each token of the answer before
         the piece that it completes is yielded. The stream goes on: a later call continues it. The token that ends
         a text is not fed.
@@ -300,7 +317,10 @@ class Session:
         the bundle has no tokenizer; StateError, BackendError.
         """
         check_batch(self.batch)
-        params = AnswerParams(max_tokens, (stop,) if isinstance(stop, str) else tuple(stop), ignore_eos)
+        wanted = grammar_of(json_schema, regex, grammar)
+        compiled = None if wanted is None else self.grammars.compile(wanted)
+        stops = (stop,) if isinstance(stop, str) else tuple(stop)
+        params = AnswerParams(max_tokens, stops, ignore_eos, grammar=compiled)
         sampling = SamplingParams(temperature, top_k, top_p, repetition_penalty, seed)
         recent = self._table.recent_ids[0]
         return generate(self, prompt, sampling, params, recent, allow_special=allow_special)
@@ -329,6 +349,8 @@ class Session:
     def close(self) -> None:
         """Release the backend and its memory; the session cannot be used afterwards. Closing twice is fine."""
         self._runner = None
+        if self._grammars is not None:
+            self._grammars.close()
         if self._tokenizer is not None:
             self._tokenizer.close()
 

@@ -4,14 +4,22 @@ from __future__ import annotations
 
 import asyncio
 import importlib.metadata
+import json
 import os
 
 os.environ["LITELLM_LOCAL_MODEL_COST_MAP"] = "True"  # else it asks the network for prices
 import litellm
 
-URL = os.environ["BASE_URL"]
+URL, TOOLS_URL = os.environ["BASE_URL"], os.environ["TOOLS_URL"]
 HOW = {"api_base": URL, "api_key": "none", "temperature": 0, "max_tokens": 8, "num_retries": 0}
 MESSAGES = [{"role": "user", "content": "hi"}]
+CITY = {
+    "type": "object",
+    "properties": {"city": {"enum": ["Oslo", "Rome"]}},
+    "required": ["city"],
+    "additionalProperties": False,
+}
+TOOLS = [{"type": "function", "function": {"name": "get_weather", "parameters": CITY, "strict": True}}]
 
 
 def main() -> None:
@@ -59,7 +67,27 @@ def main() -> None:
         assert "temperature" in str(error)
     else:
         raise AssertionError("a temperature of 9 was taken")
+    tools()
     print(f"LiteLLM {importlib.metadata.version('litellm')}: as expected")
+
+
+def tools() -> None:
+    """Raises: AssertionError where a call or a form is not as expected."""
+    how = {**HOW, "api_base": TOOLS_URL, "max_tokens": 900}
+    chat = {"model": "openai/toy", "messages": MESSAGES, **how, "tools": TOOLS, "parallel_tool_calls": False}
+    whole = litellm.completion(**chat, tool_choice="required").choices[0]
+    (call,) = whole.message.tool_calls
+    assert whole.finish_reason == "tool_calls" and call.function.name == "get_weather"
+    assert json.loads(call.function.arguments)["city"] in ("Oslo", "Rome")
+    pieces = list(litellm.completion(**chat, tool_choice="required", stream=True))
+    rebuilt = litellm.stream_chunk_builder(pieces, messages=MESSAGES).choices[0].message.tool_calls
+    assert [c.function.arguments for c in rebuilt] == [call.function.arguments]
+    result = {"role": "tool", "tool_call_id": call.id, "content": "cold"}
+    second = {**chat, "messages": [*MESSAGES, whole.message.model_dump(), result], "max_tokens": 4}
+    assert litellm.completion(**second).usage.completion_tokens <= 4
+    form = {"type": "json_schema", "json_schema": {"name": "city", "schema": CITY, "strict": True}}
+    formed = litellm.completion(model="openai/toy", messages=MESSAGES, response_format=form, **how)
+    assert json.loads(formed.choices[0].message.content)["city"] in ("Oslo", "Rome")
 
 
 if __name__ == "__main__":

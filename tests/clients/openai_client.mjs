@@ -83,4 +83,63 @@ await assert.rejects(client.chat.completions.create({ ...chat, temperature: 9 })
   return true;
 });
 await assert.rejects(client.embeddings.create({ model, input: "hi" }), OpenAI.BadRequestError);
+// Tools and forms.
+const parameters = {
+  type: "object",
+  properties: { city: { enum: ["Oslo", "Rome"] } },
+  required: ["city"],
+  additionalProperties: false,
+};
+const caller = new OpenAI({ baseURL: process.env.TOOLS_URL, apiKey: "none", maxRetries: 0 });
+const tools = [{ type: "function", function: { name: "get_weather", parameters, strict: true } }];
+const calling = { model, messages, tools, tool_choice: "required", parallel_tool_calls: false, temperature: 0 };
+const called = (await caller.chat.completions.create(calling)).choices[0];
+assert.equal(called.finish_reason, "tool_calls");
+assert.equal(called.message.content, null);
+const [call] = called.message.tool_calls;
+assert.ok(["Oslo", "Rome"].includes(JSON.parse(call.function.arguments).city));
+const result = { role: "tool", tool_call_id: call.id, content: "cold" };
+const answered = await caller.chat.completions.create({
+  model,
+  tools,
+  max_tokens: 4,
+  messages: [...messages, called.message, result],
+});
+assert.ok(answered.usage.prompt_tokens > 0);
+const calls = await caller.chat.completions.stream(calling).finalChatCompletion();
+assert.equal(calls.choices[0].message.tool_calls[0].function.arguments, call.function.arguments);
+let runs = 0;
+const runner = caller.chat.completions.runTools({
+  ...calling,
+  tool_choice: { type: "function", function: { name: "get_weather" } },
+  tools: [
+    {
+      type: "function",
+      function: { name: "get_weather", parameters, strict: true, parse: JSON.parse, function: () => `cold ${++runs}` },
+    },
+  ],
+});
+assert.ok((await runner.finalFunctionToolCallResult()).startsWith("cold"));
+assert.equal(runs, 1);
+const form = { type: "json_schema", json_schema: { name: "city", schema: parameters, strict: true } };
+const formed = await caller.chat.completions.parse({ model, messages, response_format: form, temperature: 0 });
+assert.ok(["Oslo", "Rome"].includes(formed.choices[0].message.parsed.city));
+const functions = [{ type: "function", name: "get_weather", parameters, strict: true }];
+const responded = await caller.responses.create({
+  model,
+  input: "hi",
+  tools: functions,
+  tool_choice: "required",
+  parallel_tool_calls: false,
+  temperature: 0,
+});
+assert.equal(responded.output[0].type, "function_call");
+const output = { type: "function_call_output", call_id: responded.output[0].call_id, output: "cold" };
+await caller.responses.create({
+  model,
+  input: [output],
+  previous_response_id: responded.id,
+  tools: functions,
+  max_output_tokens: 4,
+});
 console.log(`openai (JavaScript) ${(await import("openai/version")).VERSION}: as expected`);

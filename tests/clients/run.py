@@ -16,6 +16,7 @@ from pathlib import Path
 from sinkexport.serve.settings import Limits
 
 from tests.exporter.serve.serving import MANY, serving
+from tests.runtime import tool_templates
 from tests.runtime.toy import build_toy
 
 HERE = Path(__file__).parent
@@ -46,11 +47,17 @@ def main(folder: Path) -> int:
         commands.append([node, folder / "page.mjs"])
     with tempfile.TemporaryDirectory() as place:
         bundle = build_toy(Path(place) / "toy", MANY, template=THINKING)
-        limits = Limits(max_tokens=100, grace_s=0)
-        with serving(bundle, limits) as served, serving(bundle, limits, api_key=key) as locked:
+        calling = build_toy(Path(place) / "calling", MANY, template=tool_templates.HERMES)
+        limits, longer = Limits(max_tokens=100, grace_s=0), Limits(max_tokens=900, grace_s=0)
+        with (
+            serving(bundle, limits) as served,
+            serving(bundle, limits, api_key=key) as locked,
+            serving(calling, longer) as tools,
+        ):
             found = {"LOCKED_URL": locked.url, "KEY": key, "CHROMIUM": chromium or ""}
+            found |= {"BASE_URL": f"{served.url}/v1", "TOOLS_URL": f"{tools.url}/v1"}
             for command in commands:
-                environment = {**os.environ, **found, "BASE_URL": f"{served.url}/v1"}
+                environment = {**os.environ, **found}
                 environment.pop("PYTHONPATH", None)
                 failed += subprocess.run(command, check=False, timeout=SECONDS, env=environment).returncode != 0
     print(f"{len(commands) - failed} of {len(commands)} clients are served as they expect")

@@ -26,6 +26,7 @@ from sinkexport.commands.options import (
     template_arg_option,
     threads_option,
 )
+from sinkexport.commands.run_form import AnswerForm
 from sinkexport.commands.run_input import UserTexts, feed_stdin, typed_messages
 from sinkexport.util.signals import exiting_on_signals
 
@@ -69,6 +70,9 @@ from sinkexport.util.signals import exiting_on_signals
     help="End an answer before this text, which may name special tokens (<|im_end|>); may be repeated.",
 )
 @click.option("--seed", type=int, help="Makes sampling repeatable.")
+@file_option("--json-schema", help="Make answers match the JSON schema in this file.")
+@click.option("--regex", metavar="R", help="Make answers match this regular expression as a whole.")
+@file_option("--grammar", help="Make answers match the grammar in this file (llguidance's Lark, or GBNF).")
 @click.option("--ignore-eos", is_flag=True, help="Go on when the model ends its text: forever without --max-tokens.")
 @backend_option
 @threads_option
@@ -97,6 +101,9 @@ def command(
     repetition_penalty: float,
     stop: tuple[str, ...],
     seed: int | None,
+    json_schema: Path | None,
+    regex: str | None,
+    grammar: Path | None,
     ignore_eos: bool,
     backend: str,
     threads: int | None,
@@ -116,10 +123,12 @@ def command(
     # Refused before any text is read, fed or saved.
     SamplingParams(temperature, top_k, top_p, repetition_penalty, seed)
     AnswerParams(max_tokens, stop, ignore_eos)
+    form = AnswerForm.read(json_schema, regex, grammar, resume=resume)
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # a terminal that knows no emoji must not end the stream
     with Session.load(bundle, backend, threads=threads) as session:
         _check_batch(session)
+        form.compile(session)
         texts = UserTexts(session.tokenizer, variables, allow_special)
         if system is not None:  # before anything is read
             session.tokenizer.require_system()
@@ -137,6 +146,7 @@ def command(
             seed=seed,
             stop=stop,
             ignore_eos=ignore_eos,
+            **form.options,
         )
         answers = _Answers(session, generate, save_state, save_every)
         with answers.saving(stats=stats):

@@ -35,7 +35,7 @@ class Openings:
             return 0
         rest = [message["role"] in OPENING_ROLES for message in prompt.messages]
         count = rest.index(False) if False in rest else len(rest)
-        opening = dataclasses.replace(prompt, messages=prompt.messages[:count])
+        opening = dataclasses.replace(prompt, messages=prompt.messages[:count], grammar=None)
         # The messages that follow are not of the opening, but all else of the prompt, such as its tools, is.
         key = json.dumps([dataclasses.asdict(opening), dict(args)], sort_keys=True, default=str)
         with self._lock:

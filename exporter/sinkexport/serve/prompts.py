@@ -9,13 +9,15 @@ from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
 
+from sinkrt import UsageError
+from sinkrt.grammar import Calls, CompiledGrammar, Grammar, GrammarCompiler, answer_grammar, loosened
 from sinkrt.text import Tokenizer
+from sinkrt.text.answer_parts import AnswerParts
 from sinkrt.text.special_text import texts_in
-from sinkrt.text.thinking import Thinking
 
 from sinkexport.serve.errors import ApiError, shown
 from sinkexport.serve.openings import Openings
-from sinkexport.serve.requests import ChatPrompt, CompletionRequest, TokenizeRequest
+from sinkexport.serve.requests import ChatPrompt, CompletionRequest, Offered, TokenizeRequest
 
 CHAT_THREADS = 2
 LOOK_S = 0.5
@@ -31,13 +33,14 @@ logger = logging.getLogger("sinkexport.serve")
 class Rendered:
     """A prompt as the model takes it.
 
-    thinking: how its answer is taken apart; None: it is not. opening: number of first ids that all chats with these
-    system messages begin with; 0: unknown.
+    parts: how its answer is taken apart; None: it is not. opening: number of first ids that all chats with these
+    system messages begin with; 0: unknown. grammar: what the answer must match; None: anything.
     """
 
     ids: list[int]
-    thinking: Thinking | None = None
+    parts: AnswerParts | None = None
     opening: int = 0
+    grammar: CompiledGrammar | None = None
 
 
 class Prompts:
@@ -47,7 +50,8 @@ class Prompts:
     allow_special: whether names of special tokens in the prompts of completions become those tokens, for requests that
     do not say. In chats they do so only if the request says so: there the template writes control tokens.
     require_pinned: raises UsageError for a system message that the sinks do not keep; None: any is accepted.
-    stopping: whether the server is stopping, so that nobody waits for a chat template that takes long.
+    grammars: makes grammars ready. stopping: whether the server is stopping, so that nobody waits for a chat template
+    that takes long.
     """
 
     def __init__(
@@ -56,12 +60,14 @@ class Prompts:
         template_args: Mapping[str, Any],
         allow_special: bool,
         require_pinned: Callable[..., None] | None,
+        grammars: GrammarCompiler,
         stopping: Callable[[], bool],
     ) -> None:
         self._tokenizer = tokenizer
         self._template_args = template_args
         self._allow_special = allow_special
         self._require_pinned = require_pinned
+        self._grammars = grammars
         self._stopping = stopping
         self._noted = False
         self._openings = Openings(lambda prompt, args: self._chat_ids(prompt, args, True))
@@ -99,7 +105,7 @@ class Prompts:
 
         Raises: UsageError.
         """
-        return Rendered(await asyncio.to_thread(self.completion_ids, body, new))
+        return await asyncio.to_thread(self.completion_prompt, body, new)
 
     def close(self) -> None:
         """Drop what is not done: a template that takes long must not hold up the server's end."""
@@ -110,8 +116,36 @@ class Prompts:
         """Do the work of `chat` in the caller's thread."""
         args = self._args(prompt)
         ids = self._chat_ids(prompt, args, new)
-        thinking = self._tokenizer.thinking(args) if prompt.split else None
-        return Rendered(ids, thinking, self._openings.size(ids, prompt, args) if new else 0)
+        parts = self._parts(prompt, args)
+        opening = self._openings.size(ids, prompt, args) if new else 0
+        return Rendered(ids, parts if prompt.split or parts.calls else None, opening, self._grammar(prompt, parts))
+
+    def _parts(self, prompt: ChatPrompt, args: Mapping[str, Any]) -> AnswerParts:
+        """How the answer is taken apart. Thinking counts for its grammar even if it stays in the content."""
+        offered = prompt.offered or Offered()
+        calls = self._tokenizer.tools().format if offered.functions else None
+        return AnswerParts(self._tokenizer.thinking(args), calls, offered.tools, self._tokenizer.has_channels)
+
+    def _grammar(self, prompt: ChatPrompt, parts: AnswerParts) -> CompiledGrammar | None:
+        """What the answer must match.
+
+        Raises: UsageError.
+        """
+        offered = prompt.offered or Offered()
+        if prompt.grammar is None and not offered.is_bound:
+            return None
+        calls = None
+        if offered.functions and parts.calls is not None:
+            calls = Calls(offered.tools, offered.many and parts.calls.many, offered.must_call)
+        body = None if offered.must_call else prompt.grammar
+        try:
+            return self._grammars.compile(answer_grammar(body, calls, parts, self._tokenizer))
+        except UsageError:
+            if calls is None or all(tool.strict for tool in calls.tools):
+                raise
+            # Schemas of tools that are not strict are hints.
+            calls = dataclasses.replace(calls, tools=loosened(calls.tools))
+            return self._grammars.compile(answer_grammar(body, calls, parts, self._tokenizer))
 
     def _args(self, prompt: ChatPrompt) -> dict[str, Any]:
         """Variables of the template: the server's, and the request's, which go first."""
@@ -128,14 +162,17 @@ class Prompts:
         return args
 
     def _chat_ids(self, prompt: ChatPrompt, args: Mapping[str, Any], new: bool) -> list[int]:
-        messages = prompt.messages
+        messages, offered = prompt.messages, prompt.offered or Offered()
         if self._require_pinned is not None:
             for message in messages:
                 if message["role"] == "system":
                     self._require_pinned(message["content"], template_args=args)
-        allow = self._allows(bool(prompt.allow_special), messages)
+        tools = offered.shown
+        if prompt.conversation is not None and tools:  # their results would be more than one user message
+            raise ApiError(400, "tools: received some, expected none in a named conversation", param="tools")
+        allow = self._allows(bool(prompt.allow_special), [messages, tools])
         if new:
-            return self._tokenizer.chat_ids(messages, template_args=args, allow_special=allow)
+            return self._tokenizer.chat_ids(messages, template_args=args, tools=tools, allow_special=allow)
         if len(messages) != 1 or messages[0]["role"] != "user":
             roles = ", ".join(message["role"] for message in messages)
             raise ApiError(
@@ -146,8 +183,14 @@ class Prompts:
             )
         return self._tokenizer.next_turn_ids(messages[0]["content"], template_args=args, allow_special=allow)
 
-    def completion_ids(self, body: CompletionRequest, new: bool) -> list[int]:
+    def completion_prompt(self, body: CompletionRequest, new: bool) -> Rendered:
         """Do the work of `completion` in the caller's thread."""
+        grammar: Grammar | None = body.grammar
+        compiled = None if grammar is None else self._grammars.compile(grammar)
+        return Rendered(self.completion_ids(body, new), grammar=compiled)
+
+    def completion_ids(self, body: CompletionRequest, new: bool) -> list[int]:
+        """The ids of a completion's prompt."""
         if isinstance(body.prompt, str):
             allow = self._allows(body.allow_special, body.prompt)
             return self._tokenizer.prompt_ids(body.prompt, begun=not new, allow_special=allow)
@@ -160,7 +203,7 @@ class Prompts:
         """
         chat = body.chat
         if chat is not None:
-            return (await self.chat(chat, True)).ids
+            return await self._in_thread(lambda: self._chat_ids(chat, self._args(chat), True))
         text = body.prompt if body.content is None else body.content
         allow = self._allows(body.allow_special, text)
         return await asyncio.to_thread(

@@ -11,7 +11,8 @@ import numpy as np
 from sinkrt.answer import AnswerParams
 from sinkrt.logit_rules import TokenLogprob
 from sinkrt.sampler import SamplingParams
-from sinkrt.text.thinking import Said, Thinking, ThinkingSplitter
+from sinkrt.text.answer_parts import AnswerParts
+from sinkrt.text.said import Said
 from starlette.requests import Request as HttpRequest
 from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.types import Receive, Scope, Send
@@ -99,9 +100,9 @@ class RequestHandler:
             new = wanted.name is None or not await self._decode_loop.begun(wanted.owner, wanted.name)
             rendered = await render(new)
             self._check(rendered.ids)
-            thinking, params = rendered.thinking, wanted.params
-            if thinking is not None:  # its tags may be special tokens
-                params = dataclasses.replace(params, shown=frozenset((thinking.start, thinking.end)))
+            parts, params = rendered.parts, dataclasses.replace(wanted.params, grammar=rendered.grammar)
+            if parts is not None:  # its marks may be special tokens
+                params = dataclasses.replace(params, shown=parts.shown)
             ids = np.array(rendered.ids, dtype=np.int64)
             work = Work(ids, wanted.samplings, params, wanted.name, new, wanted.owner, rendered.opening)
             try:
@@ -109,7 +110,7 @@ class RequestHandler:
             except BegunError:
                 continue
             self._prompt_tokens, self._new = len(ids), new
-            self._answers = [_Answer(thinking) for _ in self._responses]
+            self._answers = [_Answer(parts) for _ in self._responses]
             return
         raise ApiError(409, f"conversation '{wanted.name}' is being changed by others", param="conversation")
 
@@ -201,8 +202,10 @@ class RequestHandler:
 class _Answer:
     """One answer as its pieces come. tokens: fed so far. reasoning_tokens: of these, up to the end of the thinking."""
 
-    def __init__(self, thinking: Thinking | None) -> None:
-        self._splitter = None if thinking is None else ThinkingSplitter(thinking)
+    def __init__(self, parts: AnswerParts | None) -> None:
+        self._splitter = None if parts is None else parts.splitter()
+        self._thinks = parts is not None and parts.thinks
+        self._has_called = False
         self._held: tuple[TokenLogprob, ...] = ()  # of tokens that may begin the thinking
         self.tokens = 0
         self.reasoning_tokens = 0
@@ -210,7 +213,7 @@ class _Answer:
     @property
     def thinks(self) -> bool:
         """Whether thinking is taken out of it."""
-        return self._splitter is not None
+        return self._thinks
 
     def take(self, piece: Piece) -> Part:
         """Take a piece apart."""
@@ -221,14 +224,15 @@ class _Answer:
             said = self._splitter.push(piece.text)
             self._held = ()
             if piece.finish_reason is not None:
-                rest = self._splitter.flush()
-                said = Said(said.reasoning + rest.reasoning, said.content + rest.content)
+                said += self._splitter.flush()
             elif self._splitter.is_undecided:
                 self._held, logprobs = logprobs, ()
             thought = thought or self._splitter.is_thinking or bool(said.reasoning)
         if thought:
             self.reasoning_tokens = self.tokens
-        return Part(piece.choice, said.content, said.reasoning, logprobs, piece.finish_reason, thought)
+        self._has_called = self._has_called or bool(said.calls)
+        reason = "tool_calls" if piece.finish_reason == "stop" and self._has_called else piece.finish_reason
+        return Part(piece.choice, said.content, said.reasoning, logprobs, reason, thought, calls=said.calls)
 
 
 class _EventStream(StreamingResponse):

@@ -74,6 +74,7 @@ class Server:
             dict(template_args or {}),
             allow_special,
             session.require_pinned if pin_system else None,
+            session.grammars,
             lambda: self._uvicorn.should_exit,
         )
         self.app = create_app(

@@ -20,6 +20,8 @@ from sinkrt.text.template_facts import MODES, TemplateFacts, facts_of, probes
 from sinkrt.text.template_process import TIME_LIMIT_S, TemplateFailure, TemplateProcess, require_jinja
 from sinkrt.text.template_worker import environment
 from sinkrt.text.thinking import Thinking, thinking_in
+from sinkrt.text.tools import ToolFacts, call_probes, tool_facts_of
+from sinkrt.text.tools.harmony import CHANNEL, MESSAGE, START
 
 MAX_TEMPLATE_CHARACTERS = 2**20
 MAX_OPENINGS, MAX_OPENING_KEY = 64, 1024
@@ -45,6 +47,7 @@ class ChatTemplate:
         self._process = TemplateProcess(source, time_limit_s)
         self._facts: TemplateFacts | None = None
         self._failure: tuple[str, float] | None = None  # the reason, and when to try again
+        self._tools: ToolFacts | str | None = None  # a text: why there are none
         self._openings: dict[str, str] = {}  # by the variables' JSON
         self._word = "q" + secrets.token_hex(8)  # begins every marker: no text of a template or a user has it
 
@@ -78,30 +81,35 @@ class ChatTemplate:
         *,
         add_generation_prompt: bool = True,
         args: Mapping[str, Any] | None = None,
+        tools: Sequence[Mapping[str, Any]] = (),
         check: bool = True,
         now: float | None = None,
     ) -> str:
         """The text of a conversation.
 
-        messages: each with ``role`` and ``content``, a text, text parts or None. args: further variables. check: make
-        sure that every message is in the text. now: the time that it shows, in seconds since 1970; None:
-        that of the call.
+        messages: each with ``role`` and ``content``, a text, text parts or None. args: further variables. tools: as
+        OpenAI has them. check: make sure that every message and tool is in the text. now: the time that it shows, in
+        seconds since 1970; None: that of the call.
 
         Raises: UsageError if the template refuses the messages, leaves one out, or fails.
         """
-        wants = self.facts.wants
+        wants, variables = self.facts.wants, {}
+        if tools or any(m.get("tool_calls") or m.get("role") == "tool" for m in messages):
+            facts = self.tools()
+            messages, variables = facts.prepared(messages), facts.variables(tools)
         markers = self._markers(len(messages))
-        jobs = [self._job([shaped(m, wants) for m in messages], add_generation_prompt, args)]
+        jobs = [self._job([shaped(m, wants) for m in messages], add_generation_prompt, args) | variables]
         if check and messages:
             marked = [
                 {**m, "content": marker if message_text(m).strip() else ""}
                 for m, marker in zip(messages, markers, strict=True)
             ]
-            jobs.append(self._job([shaped(m, wants) for m in marked], add_generation_prompt, args))
+            jobs.append(self._job([shaped(m, wants) for m in marked], add_generation_prompt, args) | variables)
         rendered, *others = self._renderings(jobs, now)
         text = self._text(rendered)
         if others:
             self._check_kept(messages, markers, text, others[0].get("text"))
+            self._check_tools(messages, tools, text)
         return text
 
     def render_next_turn(
@@ -134,6 +142,40 @@ class ChatTemplate:
         """
         literals = self.literals()
         return None if thinking_in(literals, "") is None else thinking_in(literals, self._opening(args))
+
+    @property
+    def has_channels(self) -> bool:
+        """Whether answers are written in gpt-oss's channels.
+
+        Raises: UsageError as `facts`.
+        """
+        literals = self.literals()
+        opens = self.facts.generation_prompt.rstrip().endswith(f"{START}assistant")
+        return opens and CHANNEL in literals and MESSAGE in literals
+
+    def tools(self) -> ToolFacts:
+        """What the template does with tools, found on first use by some renderings.
+
+        Raises: UsageError if it cannot be given tools, or its format of calls is unknown; as `facts`.
+        """
+        if self._tools is None:
+            wants = self.facts.wants
+            jobs = [
+                {**self._job([shaped(m, wants) for m in probe.pop("messages")], True, None), **probe}
+                for probe in call_probes(self._word)
+            ]
+            ends = [text for text in self._special_tokens.values() if isinstance(text, str)]
+            self._tools = tool_facts_of(self._renderings(jobs, None), self._word, ends)
+        if isinstance(self._tools, str):
+            raise UsageError(
+                problem(
+                    "tools",
+                    received=f"some for a model whose chat template {self._tools}",
+                    expected="a template that shows tools, calls and results",
+                    fix="leave tools out, or export a model that was trained to call them",
+                )
+            )
+        return self._tools
 
     def _opening(self, args: Mapping[str, Any] | None) -> str:
         """What opens an answer to a user, under these variables."""
@@ -230,6 +272,8 @@ class ChatTemplate:
         Raises: UsageError.
         """
         for message, marker in zip(messages, markers, strict=True):
+            if message.get("tool_calls"):  # what is said beside calls is the template's own affair
+                continue
             content = message_text(message).strip()
             if content and (content not in text if marked is None else marker not in marked.lower()):
                 role = message.get("role")
@@ -243,6 +287,24 @@ class ChatTemplate:
                         fix="leave it out, or put its text into a user message",
                     )
                 )
+
+    def _check_tools(self, messages: Sequence[Message], tools: Sequence[Mapping[str, Any]], text: str) -> None:
+        """Make sure that every tool and every call is in the text.
+
+        Raises: UsageError.
+        """
+        names = [tool["function"]["name"] for tool in tools]
+        names += [call["function"]["name"] for m in messages for call in m.get("tool_calls") or ()]
+        lost = next((name for name in names if name not in text), None)
+        if lost is not None:
+            raise UsageError(
+                problem(
+                    "chat template",
+                    received=f"the tool '{lost}', which it leaves out",
+                    expected="tools and calls that all reach the model",
+                    fix="leave it out",
+                )
+            )
 
     def _probe(self) -> TemplateFacts:
         """Find out what the template does.

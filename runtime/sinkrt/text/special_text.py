@@ -66,6 +66,17 @@ def texts_in(value: Any) -> Iterator[str]:
             yield from texts_in(item)
 
 
+def names_in(value: Any) -> Iterator[str]:
+    """All names of fields of a JSON value."""
+    if isinstance(value, Mapping):
+        for name, item in value.items():
+            yield str(name)
+            yield from names_in(item)
+    elif isinstance(value, Sequence) and not isinstance(value, str):
+        for item in value:
+            yield from names_in(item)
+
+
 def split(text: str, control: re.Pattern[str]) -> list[tuple[str, bool]]:
     """The text in pieces, each with whether it is one that `control` finds."""
     pieces, at = [], 0

@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 import enum
 
+from sinkrt.text.said import Said
+
 KNOWN_TAGS = (
     ("<think>", "</think>"),
     ("<seed:think>", "</seed:think>"),
@@ -33,14 +35,6 @@ def thinking_in(literals: str, opening: str) -> Thinking | None:
         if end in literals:
             return Thinking(start, end, opening.rfind(start) > opening.rfind(end))
     return None
-
-
-@dataclasses.dataclass(frozen=True)
-class Said:
-    """A part of an answer: what was thought, and what was said after that."""
-
-    reasoning: str = ""
-    content: str = ""
 
 
 class _State(enum.Enum):

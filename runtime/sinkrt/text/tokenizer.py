@@ -18,12 +18,13 @@ from sinkrt.contract import Manifest
 from sinkrt.errors import UsageError, problem
 from sinkrt.text.chat_messages import joined, message_text
 from sinkrt.text.chat_template import ChatTemplate, choose_template
-from sinkrt.text.special_text import ControlTokens, Marks, PlainEncoder, pattern, split, texts_in
+from sinkrt.text.special_text import ControlTokens, Marks, PlainEncoder, names_in, pattern, split, texts_in
 from sinkrt.text.stream_decoder import StreamingDecoder
 from sinkrt.text.template_facts import TemplateFacts
 from sinkrt.text.thinking import Thinking
 from sinkrt.text.token_bytes import TokenBytes
 from sinkrt.text.tokenizer_files import read_tokenizer_files
+from sinkrt.text.tools import ToolFacts
 
 OPENING_MESSAGES = ("0", "?")
 """Two user messages that begin differently: what two conversations share up to them is their opening."""
@@ -183,23 +184,25 @@ class Tokenizer:
         *,
         add_generation_prompt: bool = True,
         template_args: Mapping[str, Any] | None = None,
+        tools: Sequence[Mapping[str, Any]] = (),
         allow_special: bool = False,
     ) -> list[int]:
-        """Token ids of a conversation.
+        """Token ids of a conversation. tools: that the model may call, as OpenAI has them.
 
         What looks like a control token in a message or an argument is ordinary text, unless `allow_special`.
 
         Raises: UsageError as `render_chat`.
         """
         messages = [joined(message) for message in messages]  # two parts can make a control token together
+        given: dict[str, Any] = {"args": template_args or {}, "tools": list(tools)}
         # One time for all renderings: they are compared.
         render = functools.partial(
             self._the_template.render, add_generation_prompt=add_generation_prompt, now=time.time()
         )
-        text = render(messages, args=template_args)
-        if allow_special or not self._has_control(messages, template_args):
+        text = render(messages, **given)
+        if allow_special or not self._has_control(messages, given):
             return self.encode(text, special=False)
-        pieces = self._pieces(text, messages, template_args, render)
+        pieces = self._pieces(text, messages, given, render)
         return self._plain_ids(pieces, self._chat_control, begun=False)
 
     def next_turn_ids(
@@ -212,14 +215,16 @@ class Tokenizer:
 
         now = time.time()
 
-        def render(messages: Sequence[Mapping[str, Any]], *, args: Any, check: bool) -> str:
+        given: dict[str, Any] = {"args": template_args or {}}
+
+        def render(messages: Sequence[Mapping[str, Any]], *, args: Any, check: bool = True) -> str:
             return self._the_template.render_next_turn(message_text(messages[0]), args=args, check=check, now=now)
 
         messages = [{"role": "user", "content": message}]
-        text = render(messages, args=template_args, check=True)
-        if allow_special or not self._has_control(messages, template_args):
+        text = render(messages, **given)
+        if allow_special or not self._has_control(messages, given):
             return self.encode_next(text)
-        pieces = self._pieces(text, messages, template_args, render)
+        pieces = self._pieces(text, messages, given, render)
         return self._plain_ids(pieces, self._chat_control, begun=True)
 
     def opening_size(self, system: str, *, template_args: Mapping[str, Any] | None = None) -> int:
@@ -261,6 +266,21 @@ class Tokenizer:
         return self._the_template.thinking(template_args)
 
     @property
+    def has_channels(self) -> bool:
+        """Whether the model writes its answers in gpt-oss's channels.
+
+        Raises: UsageError as `render_chat` does.
+        """
+        return self._the_template.has_channels
+
+    def tools(self) -> ToolFacts:
+        """What the chat template does with tools.
+
+        Raises: UsageError if it cannot be given any; as `render_chat`.
+        """
+        return self._the_template.tools()
+
+    @property
     def _the_template(self) -> ChatTemplate:
         if self._template is None:
             raise UsageError(
@@ -289,24 +309,34 @@ class Tokenizer:
         whole, text = self.encode("a"), self.encode("a", special=False)
         return next((whole[:n] for n in range(len(whole)) if whole[n : n + len(text)] == text), [])
 
-    def _has_control(self, messages: Sequence[Mapping[str, Any]], args: Mapping[str, Any] | None) -> bool:
+    def _has_control(self, messages: Sequence[Mapping[str, Any]], given: Mapping[str, Any]) -> bool:
         control = pattern(self._chat_control.all)
-        return any(control.search(text) for text in texts_in([*messages, args or {}]))
+        wrong = next((name for name in names_in([given, *messages]) if control.search(name)), None)
+        if wrong is not None:
+            raise UsageError(
+                problem(
+                    "chat",
+                    received=f"a field whose name '{wrong}' holds a control token",
+                    expected="control tokens in texts only, where they are ordinary text",
+                    fix="rename it",
+                )
+            )
+        return any(control.search(text) for text in texts_in([*messages, given]))
 
     def _pieces(
         self,
         text: str,
         messages: Sequence[Mapping[str, Any]],
-        args: Mapping[str, Any] | None,
+        given: Mapping[str, Any],
         render: Callable[..., str],
     ) -> list[tuple[str, bool]]:
         """A rendered conversation in pieces, each with whether it is a control token that a user has written.
 
-        Those in the messages are marked and rendered once more, to be found.
+        Those in the messages and in what is given besides (variables, tools) are marked, rendered and found again.
 
         Raises: UsageError if they are not in `text` as they were written.
         """
-        control, marks = self._chat_control, Marks([*texts_in([*messages, args or {}]), text])
+        control, marks = self._chat_control, Marks([*texts_in([*messages, given]), text])
         everything = pattern(control.all)
         # What a model has said may hold tokens that its template looks for (</think>), and marks would hide them.
         literals = self._the_template.literals()
@@ -314,7 +344,7 @@ class Tokenizer:
         for said in (control.special, control.special - written):
             own = {"assistant": pattern(said)}
             marked = [marks.put(message, own.get(message["role"], everything)) for message in messages]
-            again = render(marked, args=marks.put(args or {}, everything), check=False)
+            again = render(marked, **marks.put(given, everything), check=False)
             if marks.remove(again) == text:
                 return marks.pieces(again)
         raise UsageError(

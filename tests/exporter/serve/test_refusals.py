@@ -48,7 +48,7 @@ def refusal(response: httpx.Response, status: int) -> dict[str, Any]:
 MESSAGES = [user("hi")]
 BAD_CHATS: dict[str, Any] = {
     "messages": [{}, {"messages": []}, {"messages": None}, {"messages": "hi"}, {"messages": [1]}, {"messages": [[]]}],
-    "messages.0.role": [{"messages": [{"role": role, "content": "x"}]} for role in ("tool", "robot", "", None, 3)],
+    "messages.0.role": [{"messages": [{"role": role, "content": "x"}]} for role in ("function", "robot", "", None, 3)],
     "messages.0.content": [
         {"messages": [{"role": "user"}]},
         {"messages": [{"role": "user", "content": None}]},
@@ -81,7 +81,7 @@ BAD_CHATS: dict[str, Any] = {
         {"messages": MESSAGES, "logprobs": True, "top_logprobs": -1},
     ],
     "tools": [{"messages": MESSAGES, "tools": [{"type": "function"}]}],
-    "response_format.type": [{"messages": MESSAGES, "response_format": {"type": "json_object"}}],
+    "response_format.type": [{"messages": MESSAGES, "response_format": {"type": "json"}}],
     "stream": [{"messages": MESSAGES, "stream": "yes"}],
     "stop": [{"messages": MESSAGES, "stop": value} for value in ("", [""], ["x"] * 17, "x" * 1025, 5)],
     "conversation": [{"messages": MESSAGES, "conversation": value} for value in ("", "a/b", "x" * 65, 5)],

@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from sinkrt.logit_rules import TokenLogprob
+from sinkrt.text.said import ToolCall
 
 from sinkexport.serve.errors import ApiError
 
@@ -50,7 +51,7 @@ class Part:
     """What one of the answers grew by.
 
     thought: whether the model was thinking, so that the log probabilities are of that. facts: of a named conversation,
-    at the end.
+    at the end. calls: of tools, behind the text.
     """
 
     choice: int = 0
@@ -60,11 +61,12 @@ class Part:
     finish_reason: str | None = None
     thought: bool = False
     facts: dict[str, Any] | None = None
+    calls: tuple[ToolCall, ...] = ()
 
     @property
     def says(self) -> bool:
         """Whether there is anything but an end in it."""
-        return bool(self.text or self.reasoning or self.logprobs)
+        return bool(self.text or self.reasoning or self.logprobs or self.calls)
 
 
 @dataclasses.dataclass
@@ -77,6 +79,7 @@ class Answered:
     said: list[TokenLogprob] = dataclasses.field(default_factory=list)
     finish_reason: str = ""
     facts: dict[str, Any] | None = None
+    calls: list[ToolCall] = dataclasses.field(default_factory=list)
 
     @classmethod
     def of(cls, parts: Sequence[Part]) -> Answered:
@@ -88,6 +91,7 @@ class Answered:
             [entry for part in parts if not part.thought for entry in part.logprobs],
             next((part.finish_reason for part in parts if part.finish_reason is not None), ""),
             next((part.facts for part in parts if part.facts is not None), None),
+            [call for part in parts for call in part.calls],
         )
 
 
@@ -162,6 +166,11 @@ def event(body: dict[str, Any], name: str | None = None) -> bytes:
     """Encode a server-sent event, its data in one line for every reader."""
     text = json.dumps(body, ensure_ascii=False, separators=(",", ":")).translate(_LINE_ENDS)
     return (b"" if name is None else b"event: " + name.encode() + b"\n") + b"data: " + text.encode() + b"\n\n"
+
+
+def call_id() -> str:
+    """A new id of a call."""
+    return "call_" + secrets.token_hex(12)
 
 
 def given(facts: dict[str, Any] | None) -> dict[str, Any]:

@@ -1,9 +1,9 @@
 """Requests: OpenAI's chat completions, completions and responses, and the fields that only this server has.
 
-A request that asks for what this server cannot do (tools, other formats than text) is refused: an answer that silently
-lacks something is worse than none. A field that changes nothing of an answer, or that nobody knows, is ignored, and
-the log says so at level DEBUG. A null means that the field is absent. Descriptions of fields say what is expected,
-for error messages.
+A request that asks for what this server cannot do (pictures, other ways to choose tokens) is refused: an answer that
+silently lacks something is worse than none. A field that changes nothing of an answer, or that nobody knows, is
+ignored, and the log says so at level DEBUG. A null means that the field is absent. Descriptions of fields say what is
+expected, for error messages.
 """
 
 from sinkexport.serve.requests.base import NAME_PATTERN, ChatPrompt, Fields, Request
@@ -12,6 +12,7 @@ from sinkexport.serve.requests.completion import CompletionRequest
 from sinkexport.serve.requests.refused import refuse
 from sinkexport.serve.requests.responses import ResponsesRequest
 from sinkexport.serve.requests.tokens import DetokenizeRequest, TokenizeRequest
+from sinkexport.serve.requests.tools import Offered
 
 __all__ = [
     "NAME_PATTERN",
@@ -20,6 +21,7 @@ __all__ = [
     "CompletionRequest",
     "DetokenizeRequest",
     "Fields",
+    "Offered",
     "Request",
     "ResponsesRequest",
     "TokenizeRequest",

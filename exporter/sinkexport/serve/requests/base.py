@@ -5,14 +5,18 @@ from __future__ import annotations
 import dataclasses
 import re
 from collections.abc import Mapping
-from typing import Annotated, Any, ClassVar
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 from sinkrt.answer import MAX_STOP_CHARACTERS, MAX_STOPS, AnswerParams
+from sinkrt.grammar import Grammar
 from sinkrt.logit_rules import MAX_ANSWER_PENALTY, MAX_BIAS, LogitParams
 from sinkrt.sampler import MAX_PENALTY, MAX_TOP_K, MIN_PENALTY, SEED_LIMIT, SamplingParams
 
 from sinkexport.serve.errors import shown
+
+if TYPE_CHECKING:
+    from sinkexport.serve.requests.tools import Offered
 
 NAME_PATTERN = r"^[A-Za-z0-9._-]{1,64}$"
 """Names of conversations: they are part of a URL."""
@@ -21,7 +25,7 @@ STOP = f"a text of 1 .. {MAX_STOP_CHARACTERS} characters, or a list of at most {
 PENALTY = f"a number from {-MAX_ANSWER_PENALTY:g} to {MAX_ANSWER_PENALTY:g}"
 BIAS = f"an object of numbers from {-MAX_BIAS:g} to {MAX_BIAS:g} by token id"
 CONVERSATION = "a name of 1 .. 64 letters, digits, '.', '_' and '-'"
-ALSO_UNUSED = frozenset({"parallel_tool_calls", "prediction", "verbosity", "tools", "tool_choice", "function_call"})
+ALSO_UNUSED = frozenset({"prediction", "verbosity", "function_call"})
 _ID = re.compile(r"0|[1-9][0-9]{0,9}")  # one spelling for each
 
 
@@ -62,8 +66,9 @@ class StreamOptions(Fields):
 class ChatPrompt:
     """A chat as the chat template takes it.
 
-    messages: each with ``role`` and ``content``. args: variables of the template. effort: its ``reasoning_effort``.
-    allow_special: see `Request`. conversation: the name, or None. split: whether thinking is taken out of the answer.
+    messages: each with ``role`` and ``content``, and OpenAI's calls of tools. args: variables of the template.
+    effort: its ``reasoning_effort``. allow_special: see `Request`. conversation: the name, or None. split: whether
+    thinking is taken out of the answer. offered: tools. grammar: what the text of the answer must match; None: any.
     """
 
     messages: list[dict[str, Any]]
@@ -72,6 +77,8 @@ class ChatPrompt:
     allow_special: bool | None
     conversation: str | None
     split: bool = True
+    offered: Offered | None = None
+    grammar: Grammar | None = None
 
 
 class Request(Fields):

@@ -2,19 +2,26 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from pydantic import Field, field_validator, model_validator
 from sinkrt.logit_rules import MAX_TOP_LOGPROBS
 
 from sinkexport.serve.errors import shown
-from sinkexport.serve.requests.base import ChoicesRequest
+from sinkexport.serve.requests.base import ChoicesRequest, Nested, StreamOptions
+from sinkexport.serve.requests.formats import FormFields, ResponseFormat, StructuredOutputs
 
 PROMPT = "one text, or one list of token ids that are integers from 0 on"
 
 
-class CompletionRequest(ChoicesRequest):
+class CompletionRequest(ChoicesRequest, FormFields):
     """POST /v1/completions. prompt: a text or token ids; a list of one of either is taken for that one."""
+
+    nested: ClassVar[Nested] = {
+        "stream_options": StreamOptions,
+        "response_format": ResponseFormat,
+        "structured_outputs": StructuredOutputs,
+    }
 
     prompt: str | list[int] = Field(description=PROMPT)
     echo: Literal[False] | None = Field(None, description="false: an echo of the prompt is not implemented here")

@@ -23,6 +23,7 @@ class Refused:
 
 
 _LIMITED = "answers in a given format"
+_FORMED = Refused("other names of an answer's form", ({}, [], ""), "use response_format, or structured_outputs")
 _CHOSEN = "other ways to choose tokens"
 _LENGTH = Refused(
     "other names of an answer's longest length", (-1,), "use max_tokens, or max_output_tokens of responses"
@@ -39,13 +40,11 @@ REFUSED: Mapping[str, Refused] = {
     "functions": Refused("functions", ([],)),
     "moderation": Refused("moderated answers"),
     "web_search_options": Refused("web searches"),
-    "tools": Refused("tools", ([],), of_prompt=True),
-    "response_format": Refused(_LIMITED, ({"type": "text"},)),
-    **dict.fromkeys(
-        ("guided_json", "guided_regex", "guided_choice", "guided_grammar", "structured_outputs", "json_schema"),
-        Refused(_LIMITED, ({}, [], "")),
-    ),
-    "grammar": Refused(_LIMITED, ("",)),
+    "tools": Refused("tools of this kind", ([],), of_prompt=True),
+    "response_format": Refused(_LIMITED, ({"type": "text"},), "use text.format"),
+    **dict.fromkeys(("guided_json", "guided_regex", "guided_choice", "guided_grammar", "json_schema"), _FORMED),
+    "grammar": _FORMED,
+    "structured_outputs": Refused(_LIMITED, ({},), "use text.format"),
     "min_p": Refused(_CHOSEN, (0,)),
     "typical_p": Refused(_CHOSEN, (1,)),
     "mirostat": Refused(_CHOSEN, (0,)),

@@ -1,14 +1,17 @@
-"""POST /v1/responses: OpenAI's newer form of a chat, for text."""
+"""POST /v1/responses: OpenAI's newer form of a chat, for text and calls of functions."""
 
 from __future__ import annotations
 
 from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, field_validator, model_validator
+from sinkrt.grammar import Grammar
 from sinkrt.logit_rules import MAX_TOP_LOGPROBS
 
-from sinkexport.serve.errors import shown
+from sinkexport.serve.errors import ApiError, shown
 from sinkexport.serve.requests.base import CONVERSATION, ChatPrompt, Fields, Nested, Request, StreamOptions
+from sinkexport.serve.requests.formats import NamedSchema, format_grammar
+from sinkexport.serve.requests.tools import CHOICE, TOOLS, CalledFunction, FunctionChoice, FunctionTool, Offered
 from sinkexport.serve.response_store import ResponseStore
 
 LOGPROBS = "message.output_text.logprobs"
@@ -25,12 +28,16 @@ class ContentPart(Fields):
 
 
 class InputItem(Fields):
-    """A message, also as an answer gave it; what the assistant thought before its next one; or the id of either."""
+    """A message, also as an answer gave it; what the assistant thought before its next one; a call of a function, or
+    what came of it; or the id of any of them.
+    """
 
-    nested: ClassVar[Nested] = {"content": ContentPart, "summary": ContentPart}
+    nested: ClassVar[Nested] = {"content": ContentPart, "summary": ContentPart, "output": ContentPart}
 
-    type: Literal["message", "reasoning", "item_reference"] = Field(
-        "message", description='"message", "reasoning" or "item_reference": tools are not implemented here'
+    type: Literal["message", "reasoning", "function_call", "function_call_output", "item_reference"] = Field(
+        "message",
+        description='"message", "reasoning", "function_call", "function_call_output" or "item_reference": '
+        "other tools are not implemented here",
     )
     role: Literal["system", "developer", "user", "assistant"] | None = Field(
         None, description="system, developer, user or assistant"
@@ -39,6 +46,12 @@ class InputItem(Fields):
         "", description='a text, or a list of parts {"type": "input_text", "text": ...}'
     )
     summary: Annotated[list[ContentPart], Field(fail_fast=True)] | None = Field(None, description="a list of parts")
+    call_id: str | None = Field(None, description="a text")
+    name: str | None = Field(None, description="a function's name")
+    arguments: str | None = Field(None, description="the text of a JSON object")
+    output: str | Annotated[list[ContentPart], Field(fail_fast=True)] | None = Field(
+        None, description='a text, or a list of parts {"type": "input_text", "text": ...}'
+    )
     id: str | None = Field(None, description="a text")
     status: str | None = Field(None, description="a text")
     phase: str | None = Field(None, description="a text")
@@ -50,6 +63,12 @@ class InputItem(Fields):
             raise ValueError("a message: expected with a role and a content")
         if self.type == "item_reference" and self.id is None:
             raise ValueError("an item_reference: expected with an id")
+        if self.type == "function_call":
+            if self.call_id is None or self.name is None:
+                raise ValueError("a function_call: expected with a call_id, a name and arguments")
+            CalledFunction(name=self.name, arguments=self.arguments or "{}")
+        if self.type == "function_call_output" and (self.call_id is None or self.output is None):
+            raise ValueError("a function_call_output: expected with a call_id and an output")
         return self
 
     @property
@@ -60,11 +79,25 @@ class InputItem(Fields):
         return "".join(part.text for part in self.content or self.summary or () if isinstance(part, ContentPart))
 
 
+class TextFormat(NamedSchema):
+    """The form of the answer: a schema has no object of its own."""
+
+    type: Literal["text", "json_object", "json_schema"] = Field(description='"text", "json_object" or "json_schema"')
+
+    @model_validator(mode="after")
+    def _has_schema(self) -> TextFormat:
+        if self.type == "json_schema" and self.schema_ is None:
+            raise ValueError("schema: expected with the type json_schema")
+        return self
+
+
 class TextOptions(Fields):
     """How the text of the answer looks."""
 
-    format: dict[Literal["type"], Literal["text"]] | None = Field(
-        None, description='{"type": "text"}: other formats are not implemented here'
+    nested: ClassVar[Nested] = {"format": TextFormat}
+
+    format: TextFormat | None = Field(
+        None, description='{"type": "text"}, {"type": "json_object"} or {"type": "json_schema", "schema": ..}'
     )
     verbosity: Literal["medium"] | None = Field(None, description='"medium": others are not implemented here')
 
@@ -85,6 +118,7 @@ class ResponsesRequest(Request):
         "text": TextOptions,
         "reasoning": ReasoningOptions,
         "stream_options": StreamOptions,
+        "tools": FunctionTool,
     }
 
     input: str | Annotated[list[InputItem], Field(min_length=1, fail_fast=True)] = Field(
@@ -98,12 +132,8 @@ class ResponsesRequest(Request):
     include: list[str] = Field(default_factory=list, description="a list of texts")
     text: TextOptions | None = Field(None, description="an object")
     reasoning: ReasoningOptions | None = Field(None, description="an object")
-    tools: Annotated[list[Any], Field(max_length=0)] | None = Field(
-        None, description="an empty list: tools are not implemented here"
-    )
-    tool_choice: Literal["none", "auto"] | None = Field(
-        None, description='"none" or "auto": tools are not implemented here'
-    )
+    tools: Annotated[list[FunctionTool], Field(fail_fast=True)] | None = Field(None, description=TOOLS)
+    tool_choice: Literal["none", "auto", "required"] | FunctionChoice | None = Field(None, description=CHOICE)
     parallel_tool_calls: bool | None = Field(None, description="true or false")
     max_tool_calls: int | None = Field(None, description="an integer")
     truncation: str | None = Field(None, description="a text")
@@ -152,14 +182,12 @@ class ResponsesRequest(Request):
             for item in self.input:
                 reference = item.id if item.type == "item_reference" else None
                 items.append(item if reference is None else InputItem.model_validate(store.item(owner, reference)))
-        thought: dict[str, str] = {}
-        for item in items:
-            if item.type == "reasoning":
-                thought = {"reasoning_content": item.plain} if item.plain else {}
-                continue
-            role = "system" if item.role == "developer" else item.role
-            messages.append({"role": role, "content": item.plain, **(thought if role == "assistant" else {})})
-            thought = {}
+        messages += _messages(items)
+        called = {call["id"] for message in messages for call in message.get("tool_calls") or ()}
+        if any(message["role"] == "tool" and message["tool_call_id"] not in called for message in messages):
+            raise ApiError(
+                400, "input: received a function_call_output, expected with its function_call before it", param="input"
+            )
         if isinstance(self.input, str):
             messages.append({"role": "user", "content": self.input})
         return messages
@@ -169,4 +197,56 @@ class ResponsesRequest(Request):
         system = [] if self.instructions is None else [{"role": "system", "content": self.instructions}]
         effort = None if self.reasoning is None else self.reasoning.effort
         args = self.chat_template_kwargs or {}
-        return ChatPrompt([*system, *messages], args, effort, self.allow_special, self.conversation)
+        return ChatPrompt(
+            [*system, *messages],
+            args,
+            effort,
+            self.allow_special,
+            self.conversation,
+            offered=self.offered,
+            grammar=self.grammar,
+        )
+
+    @property
+    def grammar(self) -> Grammar | None:
+        """What the text of the answer must match; None for any text.
+
+        Raises: UsageError.
+        """
+        form = None if self.text is None else self.text.format
+        return None if form is None else format_grammar(form.type, form)
+
+    @property
+    def offered(self) -> Offered:
+        """Tools that the answer may call.
+
+        Raises: ApiError 400.
+        """
+        functions, choice = list(self.tools or ()), self.tool_choice
+        if isinstance(choice, FunctionChoice):
+            return Offered.of(functions, None, choice.name, self.parallel_tool_calls)
+        return Offered.of(functions, choice, None, self.parallel_tool_calls)
+
+
+def _messages(items: list[InputItem]) -> list[dict[str, Any]]:
+    """Items as messages: what was thought and called belongs to the message of the assistant."""
+    messages: list[dict[str, Any]] = []
+    thought: dict[str, str] = {}
+    for item in items:
+        if item.type == "reasoning":
+            thought = {"reasoning_content": item.plain} if item.plain else {}
+            continue
+        if item.type == "function_call":
+            function = {"name": item.name, "arguments": item.arguments or "{}"}
+            call = {"id": item.call_id, "type": "function", "function": function}
+            if not messages or messages[-1]["role"] != "assistant" or thought:
+                messages.append({"role": "assistant", "content": "", **thought})
+            messages[-1].setdefault("tool_calls", []).append(call)
+        elif item.type == "function_call_output":
+            output = item.output if isinstance(item.output, str) else "".join(part.text for part in item.output or ())
+            messages.append({"role": "tool", "content": output, "tool_call_id": item.call_id})
+        else:
+            role = "system" if item.role == "developer" else item.role
+            messages.append({"role": role, "content": item.plain, **(thought if role == "assistant" else {})})
+        thought = {}
+    return messages

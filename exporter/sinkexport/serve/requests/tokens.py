@@ -9,6 +9,7 @@ from pydantic import Field, field_validator, model_validator
 from sinkexport.serve.requests.base import ChatPrompt, Fields, Nested
 from sinkexport.serve.requests.chat import Message
 from sinkexport.serve.requests.completion import checked_ids
+from sinkexport.serve.requests.tools import TOOLS, ChatTool, Offered
 
 IDS = "a list of token ids"
 
@@ -20,7 +21,7 @@ class TokenizeRequest(Fields):
     return_token_strs: give the text of each token too.
     """
 
-    nested: ClassVar[Nested] = {"messages": Message}
+    nested: ClassVar[Nested] = {"messages": Message, "tools": ChatTool}
 
     model: str | None = Field(None, description="the name of this server's model")
     prompt: str | None = Field(None, description="a text")
@@ -28,6 +29,7 @@ class TokenizeRequest(Fields):
     messages: list[Message] | None = Field(
         None, min_length=1, fail_fast=True, description="a list of messages, one at least"
     )
+    tools: list[ChatTool] | None = Field(None, fail_fast=True, description=TOOLS)
     add_special_tokens: bool | None = Field(None, description="true or false")
     return_token_strs: bool = Field(False, description="true or false")
     allow_special: bool | None = Field(None, description="true or false")
@@ -47,7 +49,8 @@ class TokenizeRequest(Fields):
         if self.messages is None:
             return None
         messages = [message.plain for message in self.messages]
-        return ChatPrompt(messages, self.chat_template_kwargs or {}, None, self.allow_special, None)
+        offered = Offered.of([tool.function for tool in self.tools or ()], None, None, None)
+        return ChatPrompt(messages, self.chat_template_kwargs or {}, None, self.allow_special, None, offered=offered)
 
     @property
     def special(self) -> bool:
