@@ -41,8 +41,9 @@ class ExportConfig:
     num_sink_tokens: S >= 0, first tokens of a stream that are kept forever (StreamingLLM, arXiv:2309.17453).
     window_size: W >= 1, most recent tokens kept.
     batch: B >= 1, streams decoded together, each with a position of its own.
-    chunk_size: T, tokens that the prefill graph takes in one run, 1 .. W; None: the target's default (256 for ``cpu``,
-    64 for others) or W, whichever is less. 1: no prefill graph, which exports faster.
+    chunk_size: T, tokens that the prefill graph takes in one run, 1 .. W; None: the target's default (256 for ``cpu``
+    and for ``tensorrt`` with plugins, 64 for others) or W, whichever is less. 1: no prefill graph, which exports
+    faster.
     pin_system: a system message that the sinks must cover; num_sink_tokens is raised if it is longer.
     dtype: ``fp32 | fp16``, of weights, arithmetic and cache.
     target: ``onnx | cpu | tensorrt``, whose operators and layers the graphs are made for. ``auto`` becomes ``cpu``

@@ -18,7 +18,7 @@ constexpr int kMaxPicks = 2048;
 // A task of fewTokens: a tile is outputs of one matrix and up to kGroup of the rows that picked it.
 template <int kGroup>
 struct ChosenMatrices {
-  static constexpr bool kPlansEarly = false;
+  static constexpr bool kPlansEarly = false, kIsGated = false;
 
   LinearParams p;  // num_rows, weight, scale: R, [E, N, K], [E, N]
   const int32_t* picks;

@@ -56,10 +56,17 @@ struct Output {
   __device__ __forceinline__ Output(const LinearParams& p, size_t output)
       : scale(kIsInt8<Weight> ? p.scale[output] : 1.0f),
         bias(p.bias ? toFloat(static_cast<const Half*>(p.bias)[output]) : 0.0f) {}
-  __device__ __forceinline__ Half operator()(float sum) const {
-    return fromFloat<Half>(kIsInt8<Weight> ? fmaf(sum, scale, bias) : sum + bias);
+  __device__ __forceinline__ float operator()(float sum) const {
+    return kIsInt8<Weight> ? fmaf(sum, scale, bias) : sum + bias;
   }
 };
+
+// Number `at` of y's [M, N], no gate: the output's value, and the residual where there is one.
+template <typename Half>
+__device__ __forceinline__ void storeOutput(const LinearParams& p, size_t at, float value) {
+  if (p.residual) value += toFloat(static_cast<const Half*>(p.residual)[at]);
+  static_cast<Half*>(p.y)[at] = fromFloat<Half>(value);
+}
 
 constexpr int kInt4ScaleBytes = 2 * kInt4TileOutputs;                // of a tile's block
 constexpr int kInt4GroupBytes = kInt4ScaleBytes + kInt4TileOutputs;  // zero points included

@@ -1,10 +1,12 @@
 // Matmuls by constant matrices, y = x . W^T + bias: W in INT8 with a scale an output (W8A16), in INT4 with a scale for
-// each block of inputs (W4A16), or of x's own type.
+// each block of inputs (W4A16), or of x's own type. They take over what stands beside them in a decoder layer: the RMS
+// norm of x, the addition of a residual stream, the gate of a feed-forward block.
 #pragma once
 
 #include <cstddef>
 #include <cstdint>
 
+#include "gated_activation.h"
 #include "types.h"
 
 namespace sinkexport {
@@ -30,23 +32,35 @@ constexpr int kInt4TileOutputs = 16, kInt4TileInputs = 64, kInt4TileBytes = 512;
 struct LinearParams {
   int num_rows = 0;     // M: tokens; 1 .. 16 read the weights once at memory speed, more (prefill) use tensor cores
   int num_inputs = 0;   // K, a multiple of 16; with half and INT4 weights of 8
-  int num_outputs = 0;  // N
+  int num_outputs = 0;  // N, rows of the weight
   DType dtype = DType::kFloat16;
   const void* x = nullptr;       // half [M, K]
   const void* weight = nullptr;  // int8 or half [N, K], or INT4 as above, as weight_type says
   const float* scale = nullptr;  // [N], > 0; null but with INT8 weights
   const void* bias = nullptr;    // half [N]; null: none
-  void* y = nullptr;             // half [M, N]; sums are float32
+  void* y = nullptr;             // half [M, N], gated: [M, N / 2]; sums are float32, and what follows, rounded once
 
-  // Nothing that was put into the stream before this and may not have ended by now writes `weight`, as is so for a
-  // model's weights. Where a kernel can start before the one ahead of it ends (compute capability 9.0 and above), its
-  // first weights are then read early; all else waits.
+  // Nothing that was put into the stream before this and may not have ended by now writes `weight`, its scales and zero
+  // points, `bias` or `norm_weight`, as is so for a model's weights. Where a kernel can start before the one ahead of
+  // it ends (compute capability 9.0 and above), its first weights are then read early; all else waits.
   bool constant_weight = false;
   WeightType weight_type = WeightType::kInt8;
 
   int block_size = 0;                    // 32, 64 or 128 with INT4 weights, else 0
   const void* block_scale = nullptr;     // of INT4 weights, else null
   const uint8_t* zero_points = nullptr;  // of INT4 weights; null: 8 everywhere
+
+  // A norm of x before the matmul, rounded as rms_norm.h says: x / sqrt(mean(x^2) + norm_epsilon) * norm_weight.
+  const void* norm_weight = nullptr;  // half or float32 [K]; null: none
+  bool float_norm_weight = false;     // norm_weight is float32
+  float norm_epsilon = 0.0f;          // > 0 with a norm
+
+  const void* residual = nullptr;  // half [M, N], added to the sums; null: none
+
+  // Rows of the weight, and what goes with them, are gate | up, N / 2 each, a multiple of 16: y = activation(gate) *
+  // up.
+  bool is_gated = false;  // not with a residual
+  Activation activation = Activation::kSilu;
 };
 
 size_t linearWorkspaceBytes(const LinearParams& params);

@@ -8,6 +8,7 @@
 
 #include <algorithm>
 
+#include "gated_activation.cuh"
 #include "linear.cuh"
 #include "linear_few_int4.cuh"
 
@@ -20,13 +21,17 @@ struct FewTile {
   int num_tokens = 0;       // > 0
   int first_token = 0;      // in the plan's order
   size_t first_output = 0;  // of its matrix among those of all: matrices before it * N
+  int tile_step = 16;       // outputs from one tile of 16 to the next
 };
 
 // What fewTokens computes: the parameter of the kernel, from which each block makes a plan. This one: all tokens by one
-// matrix.
+// matrix. kIsGated_: its rows are gate | up.
+template <bool kIsGated_ = false>
 struct OneMatrix {
   // Whether a plan can be made before earlier work in the stream has ended.
   static constexpr bool kPlansEarly = true;
+  // Whether half of a tile's outputs are gates, and the other half their ups.
+  static constexpr bool kIsGated = kIsGated_;
 
   LinearParams p;
 
@@ -45,7 +50,10 @@ struct OneMatrix {
     // What a block remembers of the tile that it is at.
     using Place = int;
     __device__ __forceinline__ Place place(int index) const { return index; }
-    __device__ __forceinline__ FewTile tile(Place index) const { return {index * kRows, p.num_rows, 0, 0}; }
+    __device__ __forceinline__ FewTile tile(Place index) const {
+      return kIsGated ? FewTile{index * kRows / 2, p.num_rows, 0, 0, p.num_outputs / 2}
+                      : FewTile{index * kRows, p.num_rows, 0, 0};
+    }
     // Rows of x and of y.
     __device__ __forceinline__ int inputRow(const FewTile&, int token) const { return token; }
     __device__ __forceinline__ int outputRow(const FewTile&, int token) const { return token; }
@@ -92,7 +100,7 @@ struct FewStage {
   static __device__ __forceinline__ void copyWeights(unsigned char* stage, const LinearParams& p, const FewTile& tile,
                                                      int first_k, int lane) {
     if constexpr (kIsInt4<Weight>) {
-      copyInt4<FewStage>(stage, p, tile.first_output, tile.first_row, first_k, lane);
+      copyInt4<FewStage>(stage, p, tile.first_output, tile.first_row, tile.tile_step, first_k, lane);
     } else {
       const Weight* const weight = static_cast<const Weight*>(p.weight);
       const int num_inputs = p.num_inputs, num_outputs = p.num_outputs;
@@ -103,8 +111,9 @@ struct FewStage {
       const size_t offset = (tile.first_output + first_row + row) * num_inputs + first_k + unit * kUnit;
 #pragma unroll
       for (int i = 0; i < kRows / kRowsAtOnce; ++i) {
-        const bool valid = first_row + row + kRowsAtOnce * i < num_outputs && first_k + unit * kUnit < num_inputs;
-        const Weight* const from = weight + (valid ? offset + static_cast<size_t>(kRowsAtOnce * i) * num_inputs : 0);
+        const int rows_on = kRowsAtOnce * i % 16 + kRowsAtOnce * i / 16 * tile.tile_step;
+        const bool valid = first_row + row + rows_on < num_outputs && first_k + unit * kUnit < num_inputs;
+        const Weight* const from = weight + (valid ? offset + static_cast<size_t>(rows_on) * num_inputs : 0);
         copyAsync(to + kRowsAtOnce * i * kLine, from, valid ? 16 : 0);
       }
     }
@@ -120,17 +129,148 @@ struct FewStage {
 // Blocks that a multiprocessor has at a time.
 constexpr int kFewBlocks = 2;
 
+// sum += the chunk's weights, which are at `stage`, by its tokens.
+template <typename S, typename Weight, typename Half, int kRowTiles, int kTokenTiles>
+__device__ __forceinline__ void multiplyFew(float (&sum)[kRowTiles][kTokenTiles][4], const unsigned char* stage,
+                                            const FewTokens& tokens, const LinearParams& p, int lane) {
+  if constexpr (kIsInt4<Weight>) {
+    multiplyInt4<S, Half>(sum, stage, tokens, p, lane);
+  } else {
+    constexpr int kUnitPieces = S::kUnit / 8;  // of a token, beside one unit of weights
+    const int g = lane / 4, t = lane % 4;
+#pragma unroll
+    for (int part = 0; part < S::kUnits / 4; ++part) {  // four units of k
+      uint4 b[kTokenTiles][kUnitPieces];
+#pragma unroll
+      for (int j = 0; j < kTokenTiles; ++j) {
+        const int token = 8 * j + g;
+#pragma unroll
+        for (int i = 0; i < kUnitPieces; ++i) {
+          const int piece = ((part * 4 + t) * kUnitPieces + i) ^ (token & 1) * S::kOddPieces;
+          b[j][i] = token < tokens.count
+                        ? *reinterpret_cast<const uint4*>(tokens.first + token * tokens.bytes + piece * 16)
+                        : uint4{0, 0, 0, 0};
+        }
+      }
+#pragma unroll
+      for (int r = 0; r < kRowTiles; ++r) {
+        const unsigned char* const rows =
+            stage + (16 * r + g) * (S::kTileBytes / 16) + ((part * 4 + t) ^ (g & 1) * S::kOddUnits) * 16;
+        const uint4 near = *reinterpret_cast<const uint4*>(rows);
+        const uint4 far = *reinterpret_cast<const uint4*>(rows + S::kTileBytes / 2);
+#pragma unroll
+        for (int s = 0; s < S::kUnit / 4; ++s) {
+          uint32_t a[4];
+          takeTile<Weight, Half>(a, near, far, s);
+#pragma unroll
+          for (int j = 0; j < kTokenTiles; ++j) {
+            const uint4 piece = b[j][s / 2];
+            multiplyAdd<Half>(sum[r][j], a, s % 2 ? piece.z : piece.x, s % 2 ? piece.w : piece.y);
+          }
+        }
+      }
+    }
+  }
+}
+
+// Writes a warp's sums where all read them, as [tokens, kRows].
+template <typename Weight, typename Half, int kRowTiles, int kTokenTiles>
+__device__ __forceinline__ void shareSums(const float (&sum)[kRowTiles][kTokenTiles][4], float* sums, int num_tokens,
+                                          int lane) {
+  const int g = lane / 4, t = lane % 4;
+#pragma unroll
+  for (int r = 0; r < kRowTiles; ++r) {
+#pragma unroll
+    for (int j = 0; j < kTokenTiles; ++j) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        const int token = 8 * j + 2 * t + i % 2;
+        const float total = finished<Weight, Half>(sum[r][j], i);
+        if (token < num_tokens) sums[token * 16 * kRowTiles + 16 * r + g + i / 2 * 8] = total;
+      }
+    }
+  }
+}
+
+__device__ __forceinline__ float activatedBy(Activation activation, float x) {
+  using gated_activation::activated;
+  return activation == Activation::kSilu   ? activated<Activation::kSilu>(x)
+         : activation == Activation::kGelu ? activated<Activation::kGelu>(x)
+                                           : activated<Activation::kGeluTanh>(x);
+}
+
+// One of a tile's outputs: what makes it of its sums, which is read before they are there. Scales and biases are read
+// at once, the residual later: an earlier kernel may write it.
+template <typename Weight, typename Half, int kRows, bool kIsGated>
+struct TileOutput {
+  static constexpr int kOutputs = kIsGated ? kRows / 2 : kRows;  // of y, in a tile
+  float scale[2], bias[2];                                       // of the gate, or of all, and of up
+  float residual = 0.0f;
+  size_t at = 0;
+  bool valid = false;
+
+  // i: of the tile's [tokens, outputs].
+  template <typename Plan>
+  __device__ __forceinline__ TileOutput(const LinearParams& p, const Plan& plan, const FewTile& tile, int i) {
+    const int width = kIsGated ? p.num_outputs / 2 : p.num_outputs;
+    const int token = i / kOutputs, output = tile.first_row + i % kOutputs;
+    valid = token < tile.num_tokens && output < width;
+    if (!valid) return;
+    at = static_cast<size_t>(plan.outputRow(tile, token)) * width + output;
+    const Output<Weight, Half> finish(p, tile.first_output + output);
+    scale[0] = finish.scale, bias[0] = finish.bias;
+    if constexpr (kIsGated) {
+      const Output<Weight, Half> finish_up(p, width + output);
+      scale[1] = finish_up.scale, bias[1] = finish_up.bias;
+    }
+  }
+
+  __device__ __forceinline__ void readResidual(const LinearParams& p) {
+    if (!kIsGated && valid && p.residual) residual = toFloat(static_cast<const Half*>(p.residual)[at]);
+  }
+
+  // sums: of all warps, [kWarps, tokens, kRows]; of_warp: entries of one. i: as above.
+  template <int kWarps>
+  __device__ __forceinline__ void store(const LinearParams& p, const float* sums, int of_warp, int i) const {
+    if (!valid) return;
+    const float* const from = sums + i / kOutputs * kRows + i % kOutputs;
+    float totals[2] = {};
+#pragma unroll
+    for (int w = 0; w < kWarps; ++w) {
+      totals[0] += from[w * of_warp];
+      if constexpr (kIsGated) totals[1] += from[w * of_warp + kOutputs];
+    }
+    float value = fmaf(totals[0], scale[0], bias[0]) + residual;
+    if constexpr (kIsGated) value = activatedBy(p.activation, value) * fmaf(totals[1], scale[1], bias[1]);
+    static_cast<Half*>(p.y)[at] = fromFloat<Half>(value);
+  }
+};
+
+// All outputs of a tile. output: that of number threadIdx.x.
+template <int kWarps, typename Output, typename Plan>
+__device__ __forceinline__ void storeTile(const LinearParams& p, const Plan& plan, const FewTile& tile, Output output,
+                                          const float* sums, int of_warp) {
+  constexpr int kThreads = kWarps * kWarpSize;
+  for (int i = threadIdx.x; i < tile.num_tokens * Output::kOutputs; i += kThreads) {
+    if (i >= kThreads) {
+      output = Output(p, plan, tile, i);
+      output.readResidual(p);
+    }
+    output.template store<kWarps>(p, sums, of_warp, i);
+  }
+}
+
 // Each block takes every gridDim.x-th tile; chunks of k go round its warps. To a warp all that is one sequence of
 // steps, so that its copies for a tile are on their way while the one before it is finished.
 template <typename Weight, typename Half, int kRowTiles, int kTokenTiles, int kWarps, int kStages, int kLine,
           typename Task>
 __global__ void __launch_bounds__(kWarps* kWarpSize, kIsInt4<Weight> ? kFewBlocks : 0) fewTokens(const Task task) {
   using S = FewStage<Weight, kRowTiles, kLine>;
-  constexpr int kRows = S::kRows, kPieces = S::kPieces, kUnit = S::kUnit;
+  constexpr int kRows = S::kRows, kPieces = S::kPieces;
   extern __shared__ __align__(16) unsigned char shared[];
   const LinearParams& p = task.p;
-  const int max_tokens = task.maxTokens(), num_inputs = p.num_inputs, num_outputs = p.num_outputs;
-  const int warp = threadIdx.x / kWarpSize, lane = threadIdx.x % kWarpSize, g = lane / 4, t = lane % 4;
+  const int max_tokens = task.maxTokens(), num_inputs = p.num_inputs;
+  const int warp = threadIdx.x / kWarpSize, lane = threadIdx.x % kWarpSize;
   const int stage_bytes = fewStageBytes<Weight, kLine>(kRowTiles, max_tokens);
   unsigned char* const ring = shared + warp * kStages * stage_bytes;
   float* const all_sums = reinterpret_cast<float*>(shared + kWarps * kStages * stage_bytes);
@@ -204,6 +344,8 @@ __global__ void __launch_bounds__(kWarps* kWarpSize, kIsInt4<Weight> ? kFewBlock
   int read_stage = 0, turn = 0;
   for (int index = blockIdx.x; index < num_tiles; index += gridDim.x) {
     const FewTile tile = plan.tile(plan.place(index));
+    TileOutput<Weight, Half, kRows, Task::kIsGated> output(p, plan, tile, threadIdx.x);
+    output.readResidual(p);
     float sum[kRowTiles][kTokenTiles][4] = {};
     for (int step = 0; step < num_steps; ++step) {
       waitForCopies<kStages - 2>();
@@ -211,73 +353,16 @@ __global__ void __launch_bounds__(kWarps* kWarpSize, kIsInt4<Weight> ? kFewBlock
       copyNext();  // into the stage that all lanes have read in the step before
       const unsigned char* const stage = ring + read_stage * stage_bytes;
       if (++read_stage == kStages) read_stage = 0;
-      if constexpr (kIsInt4<Weight>) {
-        multiplyInt4<S, Half>(sum, stage, tile.num_tokens, p, lane);
-      } else {
-        constexpr int kUnitPieces = kUnit / 8;  // of a token, beside one unit of weights
-        const unsigned char* const tokens = stage + S::kWeightBytes;
-#pragma unroll
-        for (int part = 0; part < S::kUnits / 4; ++part) {  // four units of k
-          uint4 b[kTokenTiles][kUnitPieces];
-#pragma unroll
-          for (int j = 0; j < kTokenTiles; ++j) {
-            const int token = 8 * j + g;
-#pragma unroll
-            for (int i = 0; i < kUnitPieces; ++i) {
-              const int piece = ((part * 4 + t) * kUnitPieces + i) ^ (token & 1) * S::kOddPieces;
-              b[j][i] = token < tile.num_tokens
-                            ? *reinterpret_cast<const uint4*>(tokens + token * S::kTokenBytes + piece * 16)
-                            : uint4{0, 0, 0, 0};
-            }
-          }
-#pragma unroll
-          for (int r = 0; r < kRowTiles; ++r) {
-            const unsigned char* const rows =
-                stage + (16 * r + g) * kLine + ((part * 4 + t) ^ (g & 1) * S::kOddUnits) * 16;
-            const uint4 near = *reinterpret_cast<const uint4*>(rows);
-            const uint4 far = *reinterpret_cast<const uint4*>(rows + 8 * kLine);
-#pragma unroll
-            for (int s = 0; s < kUnit / 4; ++s) {
-              uint32_t a[4];
-              takeTile<Weight, Half>(a, near, far, s);
-#pragma unroll
-              for (int j = 0; j < kTokenTiles; ++j) {
-                const uint4 piece = b[j][s / 2];
-                multiplyAdd<Half>(sum[r][j], a, s % 2 ? piece.z : piece.x, s % 2 ? piece.w : piece.y);
-              }
-            }
-          }
-        }
-      }
+      multiplyFew<S, Weight, Half>(sum, stage, {stage + S::kWeightBytes, S::kTokenBytes, tile.num_tokens}, p, lane);
     }
 
     // Sums of all warps as [kWarps, tokens, kRows], in two places by turns: who writes one has passed the barrier after
     // the other was written, and so has everyone who reads from it.
     float* const sums = all_sums + turn * kWarps * max_tokens * kRows;
     turn ^= 1;
-#pragma unroll
-    for (int r = 0; r < kRowTiles; ++r) {
-#pragma unroll
-      for (int j = 0; j < kTokenTiles; ++j) {
-#pragma unroll
-        for (int i = 0; i < 4; ++i) {
-          const int token = 8 * j + 2 * t + i % 2;
-          const float total = finished<Weight, Half>(sum[r][j], i);
-          if (token < tile.num_tokens) sums[(warp * max_tokens + token) * kRows + 16 * r + g + i / 2 * 8] = total;
-        }
-      }
-    }
+    shareSums<Weight, Half>(sum, sums + warp * max_tokens * kRows, tile.num_tokens, lane);
     __syncthreads();
-    for (int i = threadIdx.x; i < tile.num_tokens * kRows; i += kWarps * kWarpSize) {
-      float total = 0.0f;
-#pragma unroll
-      for (int w = 0; w < kWarps; ++w) total += sums[w * max_tokens * kRows + i];
-      const int output = tile.first_row + i % kRows;
-      if (output >= num_outputs) continue;
-      const size_t row = plan.outputRow(tile, i / kRows);
-      const Output<Weight, Half> finish(p, tile.first_output + output);
-      static_cast<Half*>(p.y)[row * num_outputs + output] = finish(total);
-    }
+    storeTile<kWarps>(p, plan, tile, output, sums, max_tokens * kRows);
   }
 }
 

@@ -212,7 +212,7 @@ __global__ void __launch_bounds__(Shape::kThreads, Shape::kTokenWarps > 1 ? 2 : 
         if (partial) {
           partial[(static_cast<size_t>(blockIdx.z) * num_tokens + token) * num_outputs + output] = total;
         } else {
-          static_cast<Half*>(p.y)[static_cast<size_t>(token) * num_outputs + output] = finish(total);
+          storeOutput<Half>(p, static_cast<size_t>(token) * num_outputs + output, finish(total));
         }
       }
     }
@@ -232,7 +232,7 @@ __global__ void __launch_bounds__(kSumThreads)
   float total = 0.0f;
 #pragma unroll 4
   for (int s = 0; s < num_splits; ++s) total += partial[s * count + i];
-  static_cast<Half*>(p.y)[i] = Output<Weight, Half>(p, static_cast<int>(i % p.num_outputs))(total);
+  storeOutput<Half>(p, i, Output<Weight, Half>(p, static_cast<int>(i % p.num_outputs))(total));
 }
 
 // --- launches ---

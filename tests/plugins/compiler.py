@@ -16,6 +16,7 @@ KERNELS = ROOT / "plugins/kernels"
 CAPI = ROOT / "plugins/capi"
 NVCC = shutil.which("nvcc")
 WARNINGS = ("-Werror=all-warnings", "-Xcompiler=-Wall,-Wextra,-Werror,-fPIC")
+FOR_WARPGROUPS = "-gencode=arch=compute_90a,code=sm_90a"  # what has matrix instructions of whole warpgroups
 INCLUDES = (f"-I{KERNELS}", f"-I{ROOT / 'runtime/cpp/include'}")
 
 needs_nvcc = pytest.mark.skipif(

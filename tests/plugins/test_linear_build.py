@@ -35,6 +35,8 @@ INT4 = {
     "block_scale": 6 << 30,
     "zero_points": 7 << 30,
 }
+NORM = {"norm_weight": 9 << 30, "norm_epsilon": 1e-5}
+GATE = {"is_gated": True, "activation": 2, "num_outputs": 64}
 
 
 def test_what_can_be_launched(library):
@@ -42,6 +44,8 @@ def test_what_can_be_launched(library):
         assert library.problem(params(**changes)) is None
         assert library.problem(params(**changes, **HALF)) is None
     assert library.problem(params(**HALF, num_inputs=8)) is None
+    for changes in (NORM, {**NORM, "float_norm_weight": True}, {"residual": 8 << 30}, GATE, {**NORM, **GATE}):
+        assert library.problem(params(**changes)) is None
     for changes in ({}, {"zero_points": 0}, {"block_size": 64}, {"block_size": 128}, {"num_inputs": 8}):
         assert library.problem(params(**INT4 | changes)) is None
 
@@ -55,6 +59,13 @@ REFUSED = [
     ({"num_outputs": 0}, "num_outputs: received 0, expected 1 .. 2097152"),
     ({"dtype": 2}, "dtype: received 2, expected 0 (float16) or 1 (bfloat16)"),
     ({"weight_type": 3}, "weight_type: received 3, expected 0 (int8), 1 (half) or 2 (int4)"),
+    ({**NORM, "norm_epsilon": 0.0}, "epsilon: received 0, expected a finite number > 0"),
+    ({"norm_epsilon": 1e-5}, "float_norm_weight, norm_epsilon: received one of them, expected none without"),
+    ({**GATE, "num_outputs": 48}, "num_outputs: received 48, expected a multiple of 32 with a gate"),
+    ({**GATE, "activation": 3}, "activation: received 3, expected 0 (silu), 1 (gelu) or 2 (gelu by tanh)"),
+    ({"activation": 1}, "activation: received 1, expected 0 without a gate"),
+    ({**GATE, "residual": 8 << 30}, "residual: received a pointer, expected null with a gate"),
+    ({"residual": 5 << 30}, "y: overlaps residual, expected memory of its own"),
     ({**HALF, "num_inputs": 68}, "num_inputs: received 68, expected a multiple of 8 in 8 .. 2097152; pad x and weight"),
     ({**HALF, "num_inputs": 0}, "num_inputs: received 0, expected a multiple of 8 in"),
     ({**HALF, "scale": 3 << 30}, "scale: received a pointer, expected null with half weights"),

@@ -58,7 +58,14 @@ ATTENTION = {
     "has_sink_scale": "i:1",
     "has_gate": "i:1",
 }
-LINEAR = {"num_outputs": "i:32", "has_bias": "i:0"}
+LINEAR = {
+    "num_outputs": "i:32",
+    "has_bias": "i:0",
+    "norm": "i:2",
+    "norm_epsilon": "f:1e-6",
+    "has_residual": "i:0",
+    "gate": "i:3",
+}
 ROWS = {"row_length": "i:64"}
 NORM = {"epsilon": "f:1e-6", "has_residual": "i:1", "float_weight": "i:0"}
 GATE = {"activation": "i:2", "width": "i:64", "is_merged": "i:1"}
@@ -121,6 +128,11 @@ def test_good_fields(plugin_library: Path, name: str) -> None:
         ("Int8Linear", {"num_outputs": "l:4294967296"}, (), "field 'num_outputs': received 4294967296"),
         ("Int8Linear", {"num_outputs": "i:0"}, (), "field 'num_outputs': received 0, expected >= 1"),
         ("HalfLinear", {"has_bias": "i:2"}, (), "field 'has_bias': received 2, expected 0 or 1"),
+        ("HalfLinear", {"has_residual": "i:2"}, (), "field 'has_residual': received 2, expected 0 or 1"),
+        ("HalfLinear", {"norm": "i:3"}, (), "field 'norm': received 3, expected 0 (none), 1 (half) or 2 (float32)"),
+        ("HalfLinear", {"norm_epsilon": "f:0"}, (), "field 'norm_epsilon': received 0.000000, expected > 0 with"),
+        ("HalfLinear", {"norm": "i:0"}, (), "field 'norm_epsilon': received 0.000001, expected > 0 with a"),
+        ("Int4Linear", {"gate": "i:4"}, (), "field 'gate': received 4, expected 0 (none), 1 (silu), 2 (gelu) or 3"),
         ("Int8ExpertLinear", {"num_outputs": "i:0"}, (), "field 'num_outputs': received 0, expected >= 1"),
         ("HalfExpertLinear", {}, ("has_bias:i:1",), "field 'has_bias': unknown, expected num_outputs"),
         ("Int4Linear", {"block_size": "i:16"}, (), "field 'block_size': received 16, expected 32, 64 or 128"),

@@ -19,7 +19,7 @@ from sinkexport.config import (
     WEIGHT_DTYPES,
     ExportConfig,
 )
-from sinkexport.targets import AUTO, CPU, ONNX, OPTIONS
+from sinkexport.targets import AUTO, CPU, ONNX, OPTIONS, TENSORRT_PLUGIN
 from sinkexport.util.console import geometry
 from sinkexport.util.garbage import no_garbage_collection
 from sinkexport.util.progress import shown_progress
@@ -55,8 +55,8 @@ STAGES = {
     "--chunk",
     type=int,
     metavar="N",
-    help=f"Tokens that prefill takes at once; 1: no prefill graph.  [default: {CPU.chunk_size} with target cpu, else "
-    f"{ONNX.chunk_size}; at most W]",
+    help=f"Tokens that prefill takes at once; 1: no prefill graph.  [default: {CPU.chunk_size} with target cpu, "
+    f"{TENSORRT_PLUGIN.chunk_size} with tensorrt and its plugins, else {ONNX.chunk_size}; at most W]",
 )
 @click.option(
     "--pin-system",

@@ -15,6 +15,7 @@ TENSORRT_PLUGIN = Target(
     ids="int32",  # TensorRT 8.5 has no int64 inputs
     position="int32 words",  # so that every position of the exact phase can be expressed
     has_plugins=True,
+    chunk_size=256,  # matmuls do 2.6 times as many tokens a second as with 64 (7B on an H200)
     experts_in_place="float16",
     changes_attention=False,
     passes=(
@@ -29,10 +30,12 @@ TENSORRT_PLUGIN = Target(
         "use_linear_plugin",  # matmuls that quantisation left in float16
         "use_attention_plugin",
         "use_int32_inputs",
+        "fuse_plugin_linears",  # residuals, before norms take them
         "use_norm_plugin",
         "use_gate_plugin",
         "make_reshapes_static",
         "pack_heads",
+        "fuse_plugin_linears",  # norms and gates
         "lower_to_opset17",
     ),
 )

@@ -7,7 +7,7 @@ import shutil
 from pathlib import Path
 
 from sinkrt.contract import MANIFEST_NAME, SCHEMA_VERSION, EngineFacts, Manifest, check_files, hash_file, load_manifest
-from sinkrt.contract.constants import ENGINE_FOLDER, PLUGIN_FILE
+from sinkrt.contract.constants import ENGINE_FOLDER, PLUGIN_ABI, PLUGIN_FILE
 from sinkrt.errors import UsageError, problem
 
 from sinkexport.tensorrt.options import BuildOptions, EngineReport
@@ -68,6 +68,15 @@ def _refuse(bundle: Path, manifest: Manifest, options: BuildOptions) -> None:
                 received=f"'{bundle}', exported for target {manifest.target}",
                 expected="target tensorrt",
                 fix="export with --target tensorrt",
+            )
+        )
+    if manifest.plugin_abi not in (None, PLUGIN_ABI):
+        raise UsageError(
+            problem(
+                "bundle",
+                received=f"'{bundle}', whose graphs have nodes of plugin ABI {manifest.plugin_abi}",
+                expected=f"plugin ABI {PLUGIN_ABI}",
+                fix="export the model again, or build with the version that exported it",
             )
         )
     if manifest.plugin_abi is not None and options.plugin is None:

@@ -244,6 +244,10 @@ void run(const Options& options) {
     throw unusable("bundle", "'" + options.bundle + "', which cannot be written", "a writable folder");
   }
   if (manifest.plugin_abi) {
+    if (*manifest.plugin_abi != sinkrt::kPluginAbi) {
+      throw unusable("bundle", "'" + options.bundle + "' of plugin ABI " + *manifest.plugin_abi,
+                     std::string("plugin ABI ") + sinkrt::kPluginAbi);
+    }
     library.loadPlugin(options.plugin, plugin);
     if (!options.plugin.empty()) {  // beside the engines: that is where a session looks for it
       const std::string content = contentOf(options.plugin);

@@ -115,6 +115,8 @@ constexpr const char* kLayoutMetadata = {quoted(constants.LAYOUT_METADATA)};
 constexpr const char* kManifestName = {quoted(constants.MANIFEST_NAME)};
 // ABI of the TensorRT plugins that the graphs of this version have nodes of.
 constexpr const char* kPluginAbi = {quoted(constants.PLUGIN_ABI)};
+// Target of bundles for TensorRT.
+constexpr const char* kTensorrtTarget = {quoted(constants.TENSORRT_TARGET)};
 // Target of bundles for the CPU library, ABI of its operators, its file, the environment variable with the path of
 // another one, and the entry of a session's configuration by which it is given the number of threads.
 constexpr const char* kVerifyRole = {quoted(constants.VERIFY)};

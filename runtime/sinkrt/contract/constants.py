@@ -36,7 +36,7 @@ STREAM_FORMAT = "sinkrt-stream"
 STATE_VERSION = "2"
 """Version of the files of states and of single streams."""
 
-PLUGIN_ABI = "4"
+PLUGIN_ABI = "5"
 """Version of the TensorRT plugins' names, inputs, outputs and fields, as the graphs of this version have them."""
 
 CPU_ABI = "4"
@@ -61,7 +61,8 @@ NO_TOKEN = -1
 """Id of a stream that stands still while others step, in models with recurrent states: these know no positions."""
 
 CPU = "cpu"
-TARGETS = ("onnx", CPU, "tensorrt")
+TENSORRT_TARGET = "tensorrt"
+TARGETS = ("onnx", CPU, TENSORRT_TARGET)
 FLOAT_DTYPES = ("float32", "float16")
 DTYPE_BYTES: Mapping[str, int] = {"float32": 4, "float16": 2, "int64": 8, "int32": 4, "int8": 1}
 SAFETENSORS_DTYPES: Mapping[str, str] = {

@@ -22,6 +22,7 @@ from tests.reference.layers import gated_activation, rms_norm
 from tests.reference.oracle import SinkAttentionOracle
 
 DOMAIN = "ai.sinkexport"
+ACTIVATIONS = ("silu", "gelu", "gelu_tanh")
 
 
 class PluginBundle:
@@ -154,14 +155,40 @@ def _attention(oracles: dict[str, SinkAttentionOracle], manifest: Manifest) -> t
     return SinkAttention
 
 
+def _linear(x: np.ndarray, rows: np.ndarray, rest: list[Any], attributes: dict[str, Any]) -> tuple[np.ndarray]:
+    """What matmuls of all weights have in common. rows: float64 [N, K]; rest: inputs after the weights, all taken."""
+    assert x.dtype == np.float16
+    assert rows.shape == (attributes["num_outputs"], x.shape[-1])
+    taken = x.astype(np.float64)
+    if attributes["norm"]:
+        weight = rest.pop(0)
+        assert (weight.dtype, weight.shape) == ((np.float16, np.float32)[attributes["norm"] - 1], x.shape[-1:])
+        taken = normalised(x, weight, attributes["norm_epsilon"]).astype(np.float64)
+    else:
+        assert attributes["norm_epsilon"] == 0.0
+    y = taken @ rows.T
+    if attributes["has_bias"]:
+        bias = rest.pop(0)
+        assert (bias.dtype, bias.shape) == (x.dtype, y.shape[-1:])
+        y = y + bias
+    if attributes["has_residual"]:
+        residual = rest.pop(0)
+        assert (residual.dtype, residual.shape, attributes["gate"]) == (x.dtype, y.shape, 0)
+        y = y + residual
+    assert not rest
+    if attributes["gate"]:
+        width = attributes["num_outputs"] // 2
+        assert width % 16 == 0
+        y = gated_activation(y[..., :width], y[..., width:], ACTIVATIONS[attributes["gate"] - 1])
+    return (y.astype(x.dtype),)
+
+
 class Int8Linear(OpRun):
     op_domain = DOMAIN
 
-    def _run(self, x: Any, weight: Any, scale: Any, bias: Any = None, **attributes: Any) -> tuple[Any]:
+    def _run(self, x: Any, weight: Any, scale: Any, *more: Any, **attributes: Any) -> tuple[Any]:
         assert weight.shape == (attributes["num_outputs"], x.shape[-1] // 4)
-        assert (bias is not None) == attributes["has_bias"]
-        rows = weight.view(np.int8).astype(np.float64) * scale[:, None]
-        return ((x.astype(np.float64) @ rows.T + (0.0 if bias is None else bias)).astype(x.dtype),)
+        return _linear(x, weight.view(np.int8).astype(np.float64) * scale[:, None], list(more), attributes)
 
 
 def _int4(
@@ -181,18 +208,15 @@ class Int4Linear(OpRun):
     def _run(self, x: Any, weight: Any, scale: Any, *more: Any, **attributes: Any) -> tuple[Any]:
         rest = list(more)
         rows = _int4(weight, scale, rest, attributes, (attributes["num_outputs"], x.shape[-1]))
-        assert len(rest) == attributes["has_bias"]
-        return ((x.astype(np.float64) @ rows.T + (rest[0] if rest else 0.0)).astype(x.dtype),)
+        return _linear(x, rows, rest, attributes)
 
 
 class HalfLinear(OpRun):
     op_domain = DOMAIN
 
-    def _run(self, x: Any, weight: Any, bias: Any = 0, **attributes: Any) -> tuple[Any]:
-        assert weight.shape == (attributes["num_outputs"], x.shape[-1])
-        assert x.dtype == weight.dtype == np.float16
-        assert (np.ndim(bias) == 1) == attributes["has_bias"]
-        return ((x.astype(np.float64) @ weight.T.astype(np.float64) + bias).astype(np.float16),)
+    def _run(self, x: Any, weight: Any, *more: Any, **attributes: Any) -> tuple[Any]:
+        assert weight.dtype == np.float16
+        return _linear(x, weight.astype(np.float64), list(more), attributes)
 
 
 def _by_experts(x: np.ndarray, matrices: np.ndarray, picks: np.ndarray) -> np.ndarray:
@@ -251,6 +275,14 @@ class Int8Rows(OpRun):
         return ((table[ids].view(np.int8).astype(np.float64) * scale[ids][..., None]).astype(np.float16),)
 
 
+def normalised(x: np.ndarray, weight: np.ndarray, epsilon: float) -> np.ndarray:
+    """A norm of float16 rows, rounded before it is multiplied by weights of float16, else once."""
+    normal = rms_norm(x, np.ones(1), epsilon)
+    if weight.dtype == np.float16:
+        normal = normal.astype(np.float16).astype(np.float64)
+    return (normal * weight).astype(np.float16)
+
+
 class RmsNorm(OpRun):
     op_domain = DOMAIN
 
@@ -259,9 +291,7 @@ class RmsNorm(OpRun):
         assert weight.dtype == (np.float32 if attributes["float_weight"] else np.float16)
         assert weight.shape == x.shape[-1:]
         total = x if residual is None else (x.astype(np.float64) + residual).astype(np.float16)
-        normal = rms_norm(total, np.ones(1), attributes["epsilon"])
-        normal = normal if attributes["float_weight"] else normal.astype(np.float16).astype(np.float64)
-        out = (normal * weight).astype(np.float16)
+        out = normalised(total, weight, attributes["epsilon"])
         return (out,) if residual is None else (out, total)
 
 
@@ -274,7 +304,7 @@ class GatedActivation(OpRun):
         if attributes["is_merged"]:
             assert up is None
             gate, up = gate[..., :width], gate[..., width:]
-        kind = ("silu", "gelu", "gelu_tanh")[attributes["activation"]]
+        kind = ACTIVATIONS[attributes["activation"]]
         return (gated_activation(gate, up, kind).astype(np.float16),)
 
 

@@ -65,40 +65,43 @@ def test_a_llama_is_products_and_plugins(role: str, recipe: str | None, tmp_path
     found = counts(tmp_path / f"{role}.onnx")
     for view in VIEWS:
         found.pop(view, None)
-    ends = {"Gather": 2, "Cast": 1, "HalfLinear": 9}
-    if recipe is not None:
-        ends = {"Gather": 1, "Cast": 1, "Int8Linear": 9, "Int8Rows": 1}
-    if role == "prefill":  # the last token that counts
-        ends = {**ends, "Gather": ends["Gather"] + 1, "Sub": 1, "Max": 1}
-    assert found == {**ends, "SinkAttention": 2, "RmsNorm": 5, "GatedActivation": 2}
-    norms = attributes(tmp_path / f"{role}.onnx", "RmsNorm")
-    assert [(norm["has_residual"], norm["float_weight"]) for norm in norms] == [(0, 0)] + [(1, 0)] * 4
-    gates = attributes(tmp_path / f"{role}.onnx", "GatedActivation")
-    assert [(gate["activation"], gate["width"], gate["is_merged"]) for gate in gates] == [(0, 64, 1)] * 2
+    linear = "HalfLinear" if recipe is None else "Int8Linear"
+    ends = {"Gather": 2, "Cast": 1} if recipe is None else {"Gather": 1, "Cast": 1, "Int8Rows": 1}
+    if role == "prefill":  # the last token that counts, of what the last norm makes
+        ends = {**ends, "Gather": ends["Gather"] + 1, "Sub": 1, "Max": 1, "RmsNorm": 1}
+    assert found == {**ends, "SinkAttention": 2, linear: 9}
+    takes = [(f["norm"], f["has_residual"], f["gate"]) for f in attributes(tmp_path / f"{role}.onnx", linear)]
+    layer = [(1, 0, 0), (0, 1, 0), (1, 0, 1), (0, 1, 0)]  # q|k|v, after attention, gate|up, down
+    assert takes == [*layer, *layer, (0 if role == "prefill" else 1, 0, 0)]
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("name", "norms", "gate"),
+    ("name", "norms", "takes"),
     [
-        ("qwen3", (9, 4, 0), (0, 1)),  # of heads too
-        ("gemma2", (9, 4, 9), (2, 1)),  # weights of float32
-        ("phi3", (5, 4, 0), (0, 1)),  # gate | up is the model's own
-        ("olmo2", (9, 1, 9), (0, 1)),  # norms after matmuls: what is added to the stream is what they give
+        ("qwen3", (4, 0, 0), (5, 0, 4, 2)),  # of heads are left
+        ("gemma2", (8, 4, 8), (0, 1, 0, 2)),  # weights of float32; norms after matmuls, too
+        ("phi3", (0, 0, 0), (5, 0, 4, 2)),  # gate | up is the model's own
+        ("olmo2", (9, 1, 9), (0, 0, 0, 2)),  # norms after matmuls: what is added to the stream is what they give
     ],
 )
 def test_what_other_families_have(
-    name: str, norms: tuple[int, int, int], gate: tuple[int, int], tmp_path: Path
+    name: str, norms: tuple[int, int, int], takes: tuple[int, int, int, int], tmp_path: Path
 ) -> None:
-    """norms: all, with a residual, with weights of float32. gate: activation, is_merged."""
+    """norms: all, with a residual, with weights of float32. takes: matmuls with a norm of either type, a residual, a
+    gate."""
     exported(half_model(name), tmp_path, target="tensorrt", dtype="fp16", chunk_size=T)
-    for role in ("decode", "prefill"):
-        path = tmp_path / f"{role}.onnx"
-        left = set(counts(path)) & REPLACED
-        assert left == ({"Tanh"} if name == "gemma2" else set())  # of the logits
-        found = attributes(path, "RmsNorm")
-        assert (len(found), sum(n["has_residual"] for n in found), sum(n["float_weight"] for n in found)) == norms
-        assert [(g["activation"], g["is_merged"]) for g in attributes(path, "GatedActivation")] == [gate] * 2
+    path = tmp_path / "decode.onnx"
+    left = set(counts(path)) & REPLACED
+    assert left == ({"Tanh"} if name == "gemma2" else set())  # of the logits
+    found = attributes(path, "RmsNorm")
+    assert (len(found), sum(n["has_residual"] for n in found), sum(n["float_weight"] for n in found)) == norms
+    linears = attributes(path, "HalfLinear")
+    assert takes == (
+        *(sum(linear["norm"] == kind for linear in linears) for kind in (1, 2)),
+        sum(linear["has_residual"] for linear in linears),
+        sum(linear["gate"] > 0 for linear in linears),
+    )
 
 
 @pytest.mark.slow
@@ -134,6 +137,6 @@ def test_graphs_of_float32_and_native_ones_have_no_such_nodes(tmp_path: Path) ->
     exported(half_model("llama-tied"), tmp_path / "native", target="tensorrt", dtype="fp16", native=True, chunk_size=1)
     exported(half_model("llama-tied"), tmp_path / "onnx", dtype="fp16", chunk_size=1)
     for folder in ("wide", "native", "onnx"):
-        assert not {"RmsNorm", "GatedActivation"} & set(counts(tmp_path / folder / "decode.onnx"))
+        assert not {"RmsNorm", "GatedActivation", "HalfLinear"} & set(counts(tmp_path / folder / "decode.onnx"))
     assert counts(tmp_path / "wide" / "decode.onnx")["ReduceMean"] == 5
     assert counts(tmp_path / "native" / "decode.onnx")["RMSNormalization"] == 5

@@ -313,7 +313,7 @@ class TestBuilding:
             nodes = plugin_nodes(tmp_path / "b", role)
             assert report.layer_types.get("PLUGIN_V3", 0) == len(nodes)
             assert native or len(nodes) >= 2
-            assert native or (dtype == "fp16") == ({"RmsNorm", "GatedActivation"} <= set(nodes))
+            assert native or (dtype == "fp16") == any("Linear" in node for node in nodes)
             assert (tmp_path / "b" / facts.file).stat().st_size == facts.bytes == report.engine_bytes
         written = sorted(path.name for path in (tmp_path / "b" / "engines").iterdir())
         plugin = [] if native else ["libsinkexport_plugin.so"]  # a session looks for it beside the engines

@@ -18,6 +18,7 @@ from sinkexport.graph.cpu_nodes import (
 )
 from sinkexport.graph.edit import drop_unused, is_weight, known_shape, only_user, operand, replace_node
 from sinkexport.graph.graph_pass import GraphPass
+from sinkexport.graph.linear_fusion import with_addition
 
 FLOAT = ir.DataType.FLOAT
 
@@ -33,7 +34,7 @@ class FuseCpuAdditions(GraphPass):
         graph = model.graph
         modified = drop_unused(graph)  # a view that nothing reads would stand in the way
         for node, linear in find_linears(graph):
-            while (found := _with_addition(node, linear)) is not None:
+            while (found := with_addition(node, linear)) is not None:
                 addition, linear = found
                 b = Builder(graph)
                 out = linear.write(b)
@@ -94,24 +95,3 @@ def _with_addition_to_sums(node: ir.Node, experts: ExpertLinear) -> tuple[ir.Nod
     if known_shape(other) != known_shape(viewed) or known_shape(viewed)[-1] != experts.out_features:
         return None
     return addition, dataclasses.replace(experts, residual=other)
-
-
-def _with_addition(node: ir.Node, linear: Linear) -> tuple[ir.Node, Linear] | None:
-    """The Add that alone reads a linear, and the linear with what is added."""
-    result = node.outputs[0]
-    if (view := only_user(result, "Reshape")) is not None:
-        result = view.outputs[0]
-    addition = only_user(result, "Add")
-    if addition is None or linear.residual is not None:
-        return None
-    other = addition.inputs[1] if addition.inputs[0] is result else addition.inputs[0]
-    if other is None or other is result or other.dtype != FLOAT:
-        return None
-    shape = known_shape(result)
-    if is_weight(other) and known_shape(other) == shape[-1:] and linear.bias is None and linear.is_bare:
-        return addition, dataclasses.replace(linear, bias=other)
-    if known_shape(other) != shape or is_weight(other):
-        return None
-    if view is not None and known_shape(node.outputs[0]) != shape:
-        return None
-    return addition, dataclasses.replace(linear, residual=other)

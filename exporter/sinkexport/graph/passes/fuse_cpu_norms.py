@@ -10,6 +10,7 @@ from sinkexport.graph.builder import Builder
 from sinkexport.graph.cpu_nodes import find_expert_linears, find_linears, is_expert_linear, is_linear
 from sinkexport.graph.edit import drop_unused, known_shape, operand, optional, replace_node
 from sinkexport.graph.graph_pass import GraphPass
+from sinkexport.graph.linear_fusion import is_only_input_of, source_of_rows
 from sinkexport.graph.rms_norms import row_norm
 
 FLOAT = ir.DataType.FLOAT
@@ -68,20 +69,11 @@ class _Norm:
 def _norm(x: ir.Value) -> _Norm | None:
     """The norm over the last axis that makes x, maybe through views; None: it is of another kind, or is read by
     something else."""
-    node = x.producer()
-    while node is not None and _keeps_rows(node):
-        node = operand(node, 0).producer()
-    if node is None or node.domain or not _are_linears(node.outputs[0]):
+    node = source_of_rows(x)
+    if node is None or node.domain or not is_only_input_of(node.outputs[0], _is_linear):
         return None
     rms = row_norm(node)
     return _layer_norm(node) if rms is None else _Norm(rms.x, rms.scale, None, rms.epsilon, is_layer_norm=False)
-
-
-def _keeps_rows(node: ir.Node) -> bool:
-    """Whether a node is a view with the rows of what it views."""
-    if node.op_type != "Reshape" or node.domain:
-        return False
-    return known_shape(operand(node, 0))[-1:] == known_shape(node.outputs[0])[-1:]
 
 
 def _layer_norm(node: ir.Node) -> _Norm | None:
@@ -99,12 +91,5 @@ def _layer_norm(node: ir.Node) -> _Norm | None:
     return _Norm(x, weight, bias, epsilon, is_layer_norm=True)
 
 
-def _are_linears(x: ir.Value) -> bool:
-    """Whether all that reads x, maybe through views, is the input of a linear."""
-    if x.is_graph_output():
-        return False
-    for node, index in x.uses():
-        is_read = (is_linear(node) or is_expert_linear(node)) and index == 0
-        if not is_read and not (_keeps_rows(node) and _are_linears(node.outputs[0])):
-            return False
-    return True
+def _is_linear(node: ir.Node) -> bool:
+    return is_linear(node) or is_expert_linear(node)

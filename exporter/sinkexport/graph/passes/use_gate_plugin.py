@@ -10,16 +10,15 @@ import onnx_ir as ir
 
 from sinkexport.graph.builder import Builder
 from sinkexport.graph.edit import known_shape, replace_node, split_source
-from sinkexport.graph.gates import GELU, GELU_TANH, SILU, Gate, find_activations, gate_of
+from sinkexport.graph.gates import Gate, find_activations, gate_of
 from sinkexport.graph.graph_pass import GraphPass
 from sinkexport.graph.operators import DOMAIN, GATED_ACTIVATION
+from sinkexport.graph.plugin_linears import ACTIVATIONS
 from sinkexport.graph.plugin_nodes import PLUGIN_ATTRIBUTES
 
 HALF = ir.DataType.FLOAT16
 WIDTH_MULTIPLE = 8
 """What the kernel takes: plugins/kernels/gated_activation.h."""
-ACTIVATIONS = (SILU, GELU, GELU_TANH)
-"""Activations by their numbers in the node's field."""
 
 
 class UseGatePlugin(GraphPass):

@@ -5,11 +5,11 @@ from __future__ import annotations
 import onnx_ir as ir
 
 from sinkexport.graph.builder import Builder
-from sinkexport.graph.edit import known_shape, lazy_weight, replace_node
+from sinkexport.graph.edit import lazy_weight, replace_node
 from sinkexport.graph.graph_pass import GraphPass
 from sinkexport.graph.matmuls import Matmul, bias_addition, find_matmuls, weight_operand
-from sinkexport.graph.operators import DOMAIN, HALF_LINEAR
-from sinkexport.graph.plugin_nodes import PLUGIN_ATTRIBUTES
+from sinkexport.graph.operators import HALF_LINEAR
+from sinkexport.graph.plugin_linears import PluginLinear
 
 INPUTS_MULTIPLE = 8
 MAX_FEATURES = 1 << 21
@@ -43,16 +43,8 @@ def _replace(graph: ir.Graph, matmul: Matmul) -> None:
         addition = bias = None
     weight = matmul.weight if matmul.is_table else _rows(graph, matmul)
     b = Builder(graph)
-    out = b.op(
-        HALF_LINEAR,
-        [matmul.x, weight, *([] if bias is None else [bias])],
-        known_shape(result),
-        matmul.dtype,
-        domain=DOMAIN,
-        num_outputs=matmul.width,
-        has_bias=int(bias is not None),
-        **PLUGIN_ATTRIBUTES,
-    )
+    linear = PluginLinear(op_type=HALF_LINEAR, x=matmul.x, weights=(weight,), num_outputs=matmul.width, bias=bias)
+    out = linear.write(b)
     replace_node(matmul.node if addition is None else addition, b.nodes, [out])
     if addition is not None:
         graph.remove(matmul.node, safe=True)

@@ -12,6 +12,7 @@ from sinkexport.graph.builder import Builder
 from sinkexport.graph.edit import known_shape, lazy_weight, replace_node
 from sinkexport.graph.matmuls import Matmul, bias_addition, weight_operand
 from sinkexport.graph.operators import DOMAIN, INT4_LINEAR, INT4_ROWS, INT8_LINEAR, INT8_ROWS
+from sinkexport.graph.plugin_linears import PluginLinear
 from sinkexport.graph.plugin_nodes import PLUGIN_ATTRIBUTES
 from sinkexport.graph.quantize import int4_tiles
 from sinkexport.graph.quantize.qdq import QdqForm
@@ -38,18 +39,15 @@ class PluginForm(QdqForm):
         addition = bias_addition(result) if matmul.dtype == half else None
         bias = weight_operand(addition)
         stored, fields = self._stored(weight)
-        inputs = [b.cast(matmul.x, half), *stored]
-        out = b.op(
-            INT4_LINEAR if fields else INT8_LINEAR,
-            inputs if bias is None else [*inputs, bias],
-            known_shape(result),
-            half,
-            domain=DOMAIN,
+        linear = PluginLinear(
+            op_type=INT4_LINEAR if fields else INT8_LINEAR,
+            x=b.cast(matmul.x, half),
+            weights=tuple(stored),
             num_outputs=weight.num_outputs,
-            has_bias=int(bias is not None),
-            **fields,
-            **PLUGIN_ATTRIBUTES,
+            int4_fields=tuple(fields.items()),
+            bias=bias,
         )
+        out = linear.write(b)
         if addition is not None:
             replace_node(addition, [], [result])
         replace_node(matmul.node, b.nodes, [b.cast(out, matmul.dtype)])

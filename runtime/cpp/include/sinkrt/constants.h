@@ -13,7 +13,9 @@ constexpr int64_t kAttentionSchema = 7;
 constexpr const char* kLayoutMetadata = "sinkexport.layout";
 constexpr const char* kManifestName = "manifest.json";
 // ABI of the TensorRT plugins that the graphs of this version have nodes of.
-constexpr const char* kPluginAbi = "4";
+constexpr const char* kPluginAbi = "5";
+// Target of bundles for TensorRT.
+constexpr const char* kTensorrtTarget = "tensorrt";
 // Target of bundles for the CPU library, ABI of its operators, its file, the environment variable with the path of
 // another one, and the entry of a session's configuration by which it is given the number of threads.
 constexpr const char* kVerifyRole = "verify";

@@ -13,6 +13,7 @@ namespace {
 
 // A chunk of T tokens is about this much faster than T steps; shorter rests go step by step.
 constexpr int64_t kStepsOfAChunk = 8;
+constexpr int64_t kStepsOfAGpuChunk = 64;  // with TensorRT
 
 // One token is a step.
 constexpr int64_t kSmallestChunk = 2;
@@ -22,7 +23,8 @@ constexpr int64_t kSmallestChunk = 2;
 int64_t smallestChunk(const Manifest& manifest) {
   const int64_t chunk = manifest.stream.chunk_size;
   if (chunk == 1) return std::numeric_limits<int64_t>::max();
-  return manifest.target == kCpuTarget ? kSmallestChunk : std::max(kSmallestChunk, chunk / kStepsOfAChunk);
+  if (manifest.target == kCpuTarget) return kSmallestChunk;
+  return std::max(kSmallestChunk, chunk / (manifest.target == kTensorrtTarget ? kStepsOfAGpuChunk : kStepsOfAChunk));
 }
 
 // Limit of `tokens_at_once`: beyond it, coming back to the host takes no measurable time.
