@@ -1,15 +1,17 @@
 """What does each recipe cost, and what does it save? One table over recipes.
 
     python benchmarks/quantisation.py MODEL --text FILE [--bundle DIR ..] [--recipe NAME|FILE ..] [--kv fp,int8]
-                                      [--target TARGET] [--isa NAME,..] [--sink-tokens S] [--window W]
-                                      [--tokens N] [--threads N] [--json FILE]
+                                      [--target TARGET] [--isa NAME,..] [--chunks] [--sink-tokens S] [--window W]
+                                      [--tokens N] [--keep FILE] [--threads N] [--json FILE]
 
 Every bundle predicts the same tokens as MODEL in float32 with the same sinks and window (see docs/evaluation.md):
 perplexity and its increase, Kullback-Leibler divergence, share of tokens with the same top-1 token, and whether the
 recipe's own thresholds hold. Bundles are those named, and one for each recipe named, which is exported to a temporary
 folder. All must have the same S and W. MODEL is a model folder, a .gguf file, a Hub id, or a floating-point bundle;
 exporting needs a model. With --isa each bundle for the CPU library is measured by each of these sets of its kernels, as
-SINKEXPORT_CPU_ISA forces them: avx512_bf16, avx512_vnni, avx2_vnni, avx2, portable.
+SINKEXPORT_CPU_ISA forces them: avx512_bf16, avx512_vnni, avx2_vnni, avx2, portable. With --chunks a bundle for the CPU
+library predicts by its prefill graph, chunk after chunk, not step by step: faster, and what prompts get.
+--keep keeps MODEL's predictions, 4 bytes for each token and vocabulary entry, and reads them the next time.
 """
 
 from __future__ import annotations
@@ -24,10 +26,15 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
+from chunk_predictions import chunk_predictor
 from harness import check_json, command, environment, table, where, write_json
-from sinkexport.bench.machine import physical_cores
+from kept_predictions import keep_predictions
+from sinkexport.bench.machine import physical_cores, torch_threads
 from sinkexport.config import DEFAULT_NUM_SINK_TOKENS, DEFAULT_WINDOW_SIZE, ExportConfig
-from sinkexport.evaluation.quality_gate import is_bundle, verify_quality
+from sinkexport.evaluation.evaluate import encode
+from sinkexport.evaluation.perplexity import Predictor
+from sinkexport.evaluation.quality import compare_predictions
+from sinkexport.evaluation.quality_gate import check, is_bundle, thresholds, verify_quality
 from sinkexport.pipeline.export import export_loaded
 from sinkexport.quant.recipe import Recipe, load_recipe, recipe_names
 from sinkexport.sources import LoadedModel, load_model
@@ -56,12 +63,42 @@ def variants(names: list[str], kinds: list[str]) -> list[tuple[str, Recipe]]:
 
 
 def row(
-    name: str, bundle: Path, against: str | LoadedModel, text: str, num_tokens: int, threads: int
+    name: str, bundle: Path, against: str | LoadedModel | Predictor, text: str, num_tokens: int, threads: int
 ) -> dict[str, Any]:
-    """The figures of one bundle."""
-    manifest = load_manifest(bundle)
+    """The figures of one bundle, step by step."""
     with shown_progress({stage: f"{name}: {label}" for stage, label in STAGES.items()}) as show:
         report = verify_quality(bundle, against, text, num_tokens=num_tokens, threads=threads, report=show)
+    return {
+        **facts_of(name, bundle),
+        "how": "steps",
+        "reference": report.reference,
+        **dataclasses.asdict(report.quality),
+        "prefill_error": report.prefill.max_relative_error,
+        "failures": report.failures,
+    }
+
+
+def chunk_row(
+    name: str, bundle: Path, reference: Predictor, text: str, num_tokens: int, threads: int
+) -> dict[str, Any]:
+    """The figures of one bundle by its prefill graph."""
+    manifest = load_manifest(bundle)
+    ids = encode(bundle, manifest, text)[:num_tokens]
+    with shown_progress({stage: f"{name}: {label}" for stage, label in STAGES.items()}) as show:
+        quality = compare_predictions(reference, chunk_predictor(bundle, manifest, ids, threads), ids, show)
+    failed = [one for one in check(quality, thresholds(manifest.quantization)) if not one.passed]
+    return {
+        **facts_of(name, bundle),
+        "how": f"chunks of {manifest.stream.chunk_size}",
+        "reference": reference.note,
+        **dataclasses.asdict(quality),
+        "failures": [f"{one.name}: {one.value:.4g}, limit {one.limit:.4g}" for one in failed],
+    }
+
+
+def facts_of(name: str, bundle: Path) -> dict[str, Any]:
+    """What a bundle's manifest says."""
+    manifest = load_manifest(bundle)
     return {
         "bundle": name,
         "quantization": None if manifest.quantization is None else dataclasses.asdict(manifest.quantization),
@@ -71,10 +108,6 @@ def row(
         "window_size": manifest.stream.window_size,
         "weights_bytes": manifest.weights_bytes,
         "state_bytes": manifest.state_bytes,
-        "reference": report.reference,
-        **dataclasses.asdict(report.quality),
-        "prefill_error": report.prefill.max_relative_error,
-        "failures": report.failures,
     }
 
 
@@ -145,12 +178,23 @@ def run(arguments: argparse.Namespace) -> None:
     facts = {"environment": environment(arguments.threads), "model": arguments.model, "text": arguments.text.name}
     against = arguments.model if is_bundle(arguments.model) else load_model(arguments.model)
     rows: list[dict[str, Any]] = []
+    reference: list[Predictor] = []
+
+    def kept(bundle: Path) -> str | LoadedModel | Predictor:
+        """What bundles are compared with: predictions that are kept, if any are; a bundle has the tokenizer."""
+        if arguments.keep is not None and not reference:
+            reference.append(predictions(arguments, against, text, bundle))
+        return reference[0] if reference else against
 
     def add(name: str, bundle: Path, **more: Any) -> None:
         for isa in arguments.isa if load_manifest(bundle).target == CPU and arguments.isa else [None]:
+            named = name if isa is None else f"{name}, {isa}"
+            compared = kept(bundle)
             with forced(isa):
-                named = name if isa is None else f"{name}, {isa}"
-                found = row(named, bundle, against, text, arguments.tokens, arguments.threads)
+                if arguments.chunks and isinstance(compared, Predictor) and load_manifest(bundle).target == CPU:
+                    found = chunk_row(named, bundle, compared, text, arguments.tokens, arguments.threads)
+                else:
+                    found = row(named, bundle, compared, text, arguments.tokens, arguments.threads)
             rows.append({**found, "isa": isa, **more})
             write_json(arguments.json, {**facts, "rows": rows})  # a run that is cut short leaves what it found
 
@@ -169,6 +213,21 @@ def run(arguments: argparse.Namespace) -> None:
         f"{first['reference_perplexity']:.3f}\n"
     )
     print(table(HEADERS, [cells(found) for found in rows]))
+
+
+def predictions(arguments: argparse.Namespace, against: str | LoadedModel, text: str, bundle: Path) -> Predictor:
+    """The model's predictions, from the file or for it.
+
+    Raises: UsageError for a bundle in the model's place, and for a file of other predictions.
+    """
+    if isinstance(against, str):
+        raise UsageError(
+            problem("MODEL", received=f"'{against}', a bundle", expected="a model", fix="leave out --keep and --chunks")
+        )
+    manifest = load_manifest(bundle)
+    ids = encode(bundle, manifest, text)[: arguments.tokens]
+    with torch_threads(arguments.threads):
+        return keep_predictions(against, ids, manifest.stream, arguments.keep)
 
 
 def main() -> None:
@@ -193,6 +252,8 @@ def main() -> None:
         metavar="NAME,..",
         help="kernels of the CPU library by which each of its bundles is measured (default: the best for this machine)",
     )
+    parser.add_argument("--chunks", action="store_true", help="bundles for the CPU library: by chunks; needs --keep")
+    parser.add_argument("--keep", type=Path, metavar="FILE", help="keep MODEL's predictions there, or read them")
     parser.add_argument(
         "--sink-tokens", type=int, default=DEFAULT_NUM_SINK_TOKENS, metavar="S", help="of exports; the bundles' if any"
     )
@@ -204,6 +265,8 @@ def main() -> None:
     parser.add_argument("--json", type=Path, metavar="FILE", help="keep every figure")
     arguments = parser.parse_args()
     check_json(arguments.json)
+    if arguments.chunks and arguments.keep is None:
+        parser.error("--chunks: needs --keep FILE, since chunks are compared with predictions that were kept")
     try:
         run(arguments)
     except SinkError as error:

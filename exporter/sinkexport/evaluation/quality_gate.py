@@ -98,7 +98,7 @@ AT_MOST, AT_LEAST = ("perplexity_increase", "kl_divergence"), ("top1_agreement",
 
 def verify_quality(
     bundle: Path | str,
-    against: str | LoadedModel,
+    against: str | LoadedModel | Predictor,
     text: str,
     *,
     num_tokens: int = QUALITY_TOKENS,
@@ -110,7 +110,8 @@ def verify_quality(
     """Stream the first `num_tokens` tokens of `text` (or all, if there are fewer) through the bundle, one by one.
 
     against: the model in floating point: a directory, ``.gguf`` file or Hub id, or one loaded in float32. Or a bundle
-    of it with the same S and W that is not quantised, which needs no torch.
+    of it with the same S and W that is not quantised, which needs no torch. Or its predictions of the same tokens with
+    the same S and W, which the caller answers for.
     tolerance: of prefill against single steps; None for `prefill_tolerance`.
     threads: CPU threads of both sides together; None for all physical cores. Only stream 0 of several is used.
     report: called with the stages ``load``, ``quality`` and ``prefill``.
@@ -133,7 +134,7 @@ def verify_quality(
     report("load", 0, 1)
     with (
         Session.load(bundle, backend, threads=half) as session,
-        torch_threads(None if is_bundle(against) else half),
+        torch_threads(None if isinstance(against, Predictor) or is_bundle(against) else half),
         _reference(
             against, manifest, AttentionVariant.of_bundle(Path(bundle), manifest), ids, backend, half
         ) as reference,
@@ -218,7 +219,7 @@ class FirstStream:
 
 @contextlib.contextmanager
 def _reference(
-    against: str | LoadedModel,
+    against: str | LoadedModel | Predictor,
     manifest: Manifest,
     variant: AttentionVariant,
     ids: Ids,
@@ -230,6 +231,9 @@ def _reference(
     Raises: UsageError for another model or another geometry.
     """
     stream = manifest.stream
+    if isinstance(against, Predictor):
+        yield against
+        return
     if isinstance(against, str) and is_bundle(against):
         other = load_manifest(Path(against))
         check_same_bundle(manifest, other)

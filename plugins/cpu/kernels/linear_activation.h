@@ -1,19 +1,10 @@
-// What stands after a matmul: activations, and where sums go.
+// Activations of a matmul's sums.
 #pragma once
 
 #include "linear.h"
 #include "vector_math.h"
 
 namespace sinkexport::cpu::SINKEXPORT_ISA {
-
-// Sums of 16 outputs of a few rows.
-struct FinishedTile {
-  int64_t first_row;  // packed
-  int rows;
-  int64_t column, width;
-  int64_t bias_at;
-  const float* out;  // gated: of the gate, then of up
-};
 
 template <Activation activation>
 SINKEXPORT_INLINE Floats activate(Floats x) {

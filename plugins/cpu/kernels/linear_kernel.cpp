@@ -1,26 +1,16 @@
 // Matmuls by packed weights: rows are packed, then each thread takes a contiguous range of tiles.
-#include "linear_activation.h"
+#include "linear_outputs.h"
 #include "linear_pack.h"
+#include "linear_panel.h"
+#include "linear_segments.h"
 #include "linear_tile.h"
 
 namespace sinkexport::cpu::SINKEXPORT_ISA {
 namespace {
 
-constexpr int64_t kRowsAtATime = 240;       // of x, so that they stay in the second-level cache: a multiple of kRows
-constexpr int64_t kPackedByEach = 1 << 13;  // values; fewer are packed by every thread for itself, with nobody waiting
-constexpr int64_t kAskedForFirst = 4096;    // bytes of weights that are on their way while a thread packs
-constexpr int64_t kAhead = 6144;            // bytes from what is read to what is asked for
-
-int64_t smaller(int64_t a, int64_t b) {
-  return a < b ? a : b;
-}
-
-// Rows that one matrix multiplies: all of them, or those that picked an expert.
-struct Segment {
-  int64_t expert;
-  int64_t first;  // packed row
-  int64_t rows;
-};
+constexpr int64_t kBytesAtATime = 768 * 1024;  // of packed rows of x: they stay in the second-level cache
+constexpr int64_t kTasksAThread = 16;          // of many rows: threads end at about the same time
+constexpr int64_t kAhead = 6144;               // bytes from what is read to what is asked for
 
 struct Run {
   const LinearParams& params;
@@ -30,16 +20,16 @@ struct Run {
   int64_t tasks = 1;   // of multiplyAll
   int64_t copies = 1;  // of the packed rows: each task's own, or 1
   PackedRows packed{};
-  Segment* segments = nullptr;
-  int64_t num_segments = 0;
-  int64_t* order = nullptr;  // row of y of a packed row; null: the same
-  float* rows = nullptr;     // [M, N] before they are summed up; with pick_weights
+  Segments segments;
+  Outputs outputs;
 
   explicit Run(const LinearParams& p)
       : params(p),
         format(p),
         tiles((p.num_outputs + 15) / 16 * (p.is_gated ? 2 : 1)),
-        bytes(packedBytes(p.weight_type, p.num_inputs, tiles * 16, p.block_size, p.scale_type)) {}
+        bytes(packedBytes(p.weight_type, p.num_inputs, tiles * 16, p.block_size, p.scale_type)),
+        segments{p},
+        outputs{p, segments} {}
 
   // Tiles are shared out in units of as many as are multiplied at once: an odd one would take more than half the time.
   int64_t unit() const {
@@ -52,10 +42,10 @@ struct Run {
   int64_t cost(const Segment& segment) const { return (segment.rows + format.largest_rows - 1) / format.largest_rows; }
 
   void plan(const Parallel& parallel) {
-    const int64_t finer = params.num_rows >= kRowsOfFewTasks ? 4 : 1;
+    const int64_t finer = params.num_rows >= kRowsOfFewTasks ? kTasksAThread : 1;
     const int64_t matrices = params.num_experts > 0 ? smaller(params.num_experts, params.num_rows) : 1;
     tasks = smaller(units() * matrices, parallel.threads > 1 ? finer * parallel.threads : 1);
-    copies = params.num_rows * params.num_inputs <= kPackedByEach ? tasks : 1;
+    copies = finer == 1 && params.num_rows * params.num_inputs <= kPackedByEach ? tasks : 1;
   }
 
   void reserve(Scratch& scratch) {
@@ -71,13 +61,14 @@ struct Run {
     packed.scales = slices.take<float>(number * static_cast<size_t>(scaleCount()));
     packed.sums = slices.take<int32_t>(number * static_cast<size_t>(scaleCount()));
     const size_t experts = static_cast<size_t>(params.num_experts);
-    segments = slices.take<Segment>(experts > 0 ? experts : 1);
-    if (experts > 0) order = slices.take<int64_t>(count);
-    if (params.pick_weights != nullptr) rows = slices.take<float>(count * static_cast<size_t>(params.num_outputs));
+    segments.all = slices.take<Segment>(experts > 0 ? experts : 1);
+    if (experts > 0) segments.order = slices.take<int64_t>(count);
+    if (params.pick_weights != nullptr)
+      outputs.rows = slices.take<float>(count * static_cast<size_t>(params.num_outputs));
   }
 
   // Of one copy, rounded up to cache lines.
-  int64_t valueBytes() const { return (params.num_rows * format.padded_inputs * format.x_bytes + 63) / 64 * 64; }
+  int64_t valueBytes() const { return (params.num_rows * format.x_inputs * format.x_bytes + 63) / 64 * 64; }
   int64_t scaleCount() const { return (params.num_rows * format.groups + 15) / 16 * 16; }
 
   PackedRows copy(int64_t number) const {
@@ -85,47 +76,9 @@ struct Run {
             packed.sums + number * scaleCount()};
   }
 
-  int64_t expertOf(int64_t row) const {
-    const int64_t pick = params.picks[row];
-    return pick < 0 ? 0 : pick >= params.num_experts ? params.num_experts - 1 : pick;
-  }
-
-  // Groups rows by expert, each expert's in their order, so that a matrix is read once.
-  void sortRows() {
-    if (params.num_experts == 0) {
-      segments[0] = {0, 0, params.num_rows};
-      num_segments = 1;
-      return;
-    }
-    for (int64_t e = 0; e < params.num_experts; ++e) segments[e] = {e, 0, 0};
-    for (int64_t m = 0; m < params.num_rows; ++m) ++segments[expertOf(m)].rows;
-    int64_t first = 0;
-    for (int64_t e = 0; e < params.num_experts; ++e) {
-      segments[e].first = first;
-      first += segments[e].rows;
-      segments[e].rows = 0;
-    }
-    for (int64_t m = 0; m < params.num_rows; ++m) {
-      Segment& segment = segments[expertOf(m)];
-      order[segment.first + segment.rows++] = m;
-    }
-    num_segments = 0;
-    for (int64_t e = 0; e < params.num_experts; ++e) {
-      if (segments[e].rows > 0) segments[num_segments++] = segments[e];
-    }
-  }
-
-  int64_t rowOfY(int64_t packed_row) const { return order == nullptr ? packed_row : order[packed_row]; }
-
-  const float* rowOfX(int64_t packed_row) const {
-    int64_t row = rowOfY(packed_row);
-    if (params.num_experts > 0) row /= params.num_rows / params.num_x_rows;
-    return params.x + row * params.num_inputs;
-  }
-
   // The block that begins with a packed row.
   PackedRows blockOf(const PackedRows& all, int64_t packed_row) const {
-    return {all.values + packed_row * format.padded_inputs * format.x_bytes, all.scales + packed_row * format.groups,
+    return {all.values + packed_row * format.x_inputs * format.x_bytes, all.scales + packed_row * format.groups,
             all.sums + packed_row * format.groups};
   }
 
@@ -135,21 +88,29 @@ struct Run {
       const int64_t block = m / format.largest_rows * format.largest_rows;
       const int rows = static_cast<int>(smaller(format.largest_rows, segment.rows - block));
       const PackedRows at = blockOf(to, segment.first + block);
-      packRow(params, format, rowOfX(segment.first + m),
+#ifdef SINKEXPORT_UNSIGNED_DOT
+      if (usesPanels(format.is_integer, segment.rows)) {
+        packPanelRow(params, format, segments.rowOfX(segment.first + m),
+                     reinterpret_cast<uint8_t*>(at.values) + (m - block) * format.x_inputs, at.scales + (m - block),
+                     rows);
+        continue;
+      }
+#endif
+      packRow(params, format, segments.rowOfX(segment.first + m),
               {at.values, at.scales, at.sums, static_cast<int>(m - block), rows});
     }
   }
 
   void packAll(const PackedRows& to) const {
-    for (int64_t s = 0; s < num_segments; ++s) packRows(to, segments[s], 0, segments[s].rows);
+    for (int64_t s = 0; s < segments.count; ++s) packRows(to, segments[s], 0, segments[s].rows);
   }
 
   void pack(const Parallel& parallel) const {
     // Rows of a block lie side by side, four bytes of each: two threads that share one would wait for its lines.
     const int64_t blocks = cost(segments[0]);
-    const int64_t parts = num_segments > 1 ? num_segments : smaller(blocks, 2 * parallel.threads);
+    const int64_t parts = segments.count > 1 ? segments.count : smaller(blocks, 4 * parallel.threads);
     parallelFor(parallel, parts, [&](int64_t part) {
-      if (num_segments > 1) {
+      if (segments.count > 1) {
         packRows(packed, segments[part], 0, segments[part].rows);
       } else {
         const int64_t last = (part + 1) * blocks / parts * format.largest_rows;
@@ -175,72 +136,84 @@ struct Run {
     return result;
   }
 
-  // What stands after the matmul. out [tiles][rows][16]; `column` is the first output of y.
-  void finish(const Segment& segment, int64_t first_row, int rows, int64_t column, int num_tiles,
-              const float* out) const {
-    for (int n = 0; n < (params.is_gated ? 1 : num_tiles); ++n, column += 16, out += rows * 16) {
-      const FinishedTile tile{segment.first + first_row,
-                              rows,
-                              column,
-                              smaller(16, params.num_outputs - column),
-                              segment.expert * params.num_outputs * (params.is_gated ? 2 : 1),
-                              out};
-      switch (params.activation) {
-        case Activation::kNone:
-          finishTile<Activation::kNone>(tile);
-          break;
-        case Activation::kSilu:
-          finishTile<Activation::kSilu>(tile);
-          break;
-        case Activation::kGelu:
-          finishTile<Activation::kGelu>(tile);
-          break;
-        case Activation::kGeluTanh:
-          finishTile<Activation::kGeluTanh>(tile);
-          break;
-        case Activation::kRelu2:
-          finishTile<Activation::kRelu2>(tile);
-          break;
-        case Activation::kClampedSwiglu:
-          finishTile<Activation::kClampedSwiglu>(tile);
-          break;
-      }
-    }
+  // Rows of a segment that are multiplied at a time, about the same each time.
+  int64_t rowsAtATime(const Segment& segment) const {
+    const int64_t fitting = kBytesAtATime / (format.x_inputs * format.x_bytes) / format.largest_rows;
+    const int64_t most = smaller(kMostPanelRows / format.largest_rows, fitting < 1 ? 1 : fitting);
+    const int64_t blocks = cost(segment), times = (blocks + most - 1) / most;
+    return (blocks + times - 1) / times * format.largest_rows;
   }
 
-  template <Activation activation>
-  void finishTile(const FinishedTile& tile) const {
-    const int64_t outputs = params.num_outputs;
-    const bool is_whole = tile.width == 16;
-    const Floats multiplier = broadcast(params.multiplier), limit = broadcast(params.activation_limit);
-    const bool is_last = params.output_norm_weight == nullptr && rows == nullptr;  // else the residual comes later
-    const float* residual = is_last ? params.residual : nullptr;
-    float* y = rows == nullptr ? params.y : rows;
-    Floats bias = broadcast(0.0f), up_bias = bias;
-    if (params.bias != nullptr) {
-      const float* from = params.bias + tile.bias_at + tile.column;
-      bias = loadUpTo(from, tile.width);
-      if (params.is_gated) up_bias = loadUpTo(from + outputs, tile.width);
+#ifdef SINKEXPORT_UNSIGNED_DOT
+  // Weights of the panel behind group `group` of `count` tiles, or of the tiles behind them: what comes next.
+  struct NextWeights {
+    const char* start;  // of the first tile
+    int64_t stride, bytes;
+    int count;
+
+    // Asks for one of `parts` parts of them.
+    SINKEXPORT_INLINE void ask(int64_t part, int64_t parts) const {
+      const int64_t last = (part + 1) * bytes / parts;
+      for (int64_t at = part * bytes / parts / 64 * 64; at < last; at += 64) {
+        for (int n = 0; n < count; ++n) prefetch(start + n * stride + at);
+      }
     }
-    for (int r = 0; r < tile.rows; ++r) {
-      const int64_t at = rowOfY(tile.first_row + r) * outputs + tile.column;
-      const Floats sums = load(tile.out + r * 16) + bias;
-      Floats value = params.is_gated
-                         ? activateGated<activation>(sums, load(tile.out + (tile.rows + r) * 16) + up_bias, limit)
-                         : activate<activation>(sums);
-      value = value * multiplier;
-      if (residual != nullptr) value = value + loadUpTo(residual + at, tile.width);
-      if (is_whole) {
-        store(y + at, value);
-      } else {
-        storePart(y + at, value, tile.width);
+  };
+  NextWeights nextWeights(const TileOperands& of, int count, int64_t group, int64_t groups) const {
+    const int64_t group_bytes = of.weight_stride / format.groups;
+    if (group + groups > format.groups) groups = format.groups - group;
+    if (groups > 0) return {of.weight + group * group_bytes, of.weight_stride, groups * group_bytes, count};
+    groups = smaller(kPanelInputs / format.group, format.groups);
+    return {of.weight + count * of.weight_stride, of.weight_stride, groups * group_bytes, count};
+  }
+
+  // The same for many rows of integers.
+  void multiplyPanels(const PackedRows& from, const Segment& segment, int64_t first_tile, int64_t last_tile,
+                      int64_t first, int64_t last) const {
+    Panel panel;
+    const bool is_int4 = params.weight_type == WeightType::kInt4, has_zeros = params.zero_point != nullptr;
+    const int64_t group = params.is_gated ? 2 : kTiles, at_once = kPanelInputs / format.group;
+    const int64_t blocks = (last - first + kRows - 1) / kRows;
+    for (int64_t tile = first_tile; tile < last_tile; tile += group) {
+      const int num_tiles = static_cast<int>(smaller(group, last_tile - tile));
+      const int64_t column = params.is_gated ? tile / 2 * 16 : tile * 16;
+      for (int n = 0; n < num_tiles; n += kTiles) {
+        const TileOperands of = operands(segment, tile + n);
+        const int side_by_side = num_tiles - n < kTiles ? num_tiles - n : kTiles;
+        for (int64_t g = 0; g < format.groups; g += at_once) {
+          const int64_t groups = smaller(at_once, format.groups - g);
+          if (side_by_side == kTiles) {
+            fillPanel<kTiles>(is_int4, has_zeros, of, g, groups, panel);
+          } else {
+            fillPanel<1>(is_int4, has_zeros, of, g, groups, panel);
+          }
+          const NextWeights next = nextWeights(of, side_by_side, g + groups, at_once);
+          for (int64_t m = first; m < last; m += kRows) {
+            const int rows = static_cast<int>(smaller(kRows, last - m));
+            const PackedRows block = blockOf(from, segment.first + m);
+            const auto* x = reinterpret_cast<const int8_t*>(block.values) + g * format.group;
+            next.ask((m - first) / kRows, blocks);
+            if (g + groups == format.groups) outputs.ask(segment, m, rows, column);
+            float* totals = panel.totals + ((m - first) * num_tiles + n * rows) * 16;
+            findPanelTile(rows, side_by_side)(panel, groups, of.group_steps, x, format.x_inputs,
+                                              block.scales + g * rows, g == 0, totals);
+            if (n + side_by_side < num_tiles || g + groups < format.groups) continue;
+            outputs.finish(segment, m, rows, column, num_tiles, totals - n * rows * 16);
+          }
+        }
       }
     }
   }
+#endif
 
   // Tiles first_tile .. last_tile - 1 of one matrix with rows first .. last - 1 of its segment.
   void multiply(const PackedRows& from, const Segment& segment, int64_t first_tile, int64_t last_tile, int64_t first,
                 int64_t last) const {
+#ifdef SINKEXPORT_UNSIGNED_DOT
+    if (usesPanels(format.is_integer, segment.rows)) {
+      return multiplyPanels(from, segment, first_tile, last_tile, first, last);
+    }
+#endif
     alignas(64) float out[2 * kMostRows * 16];
     // Few rows are done when their weights are there: these come fastest as one stream.
     const int at_once = last - first <= format.largest_rows ? 1 : format.largest_tiles;
@@ -258,7 +231,7 @@ struct Run {
         const int64_t next = of.weight_stride > 2 * kAhead ? kAhead : num_tiles * of.weight_stride;
         of.prefetch_ahead = at_once == 1 ? kAhead : m + rows == last ? next : 0;
         multiplyBlock(of, rows, num_tiles, at_once, out);
-        finish(segment, m, rows, params.is_gated ? tile / 2 * 16 : tile * 16, num_tiles, out);
+        outputs.finish(segment, m, rows, params.is_gated ? tile / 2 * 16 : tile * 16, num_tiles, out);
       }
     }
   }
@@ -286,10 +259,10 @@ struct Run {
   // Where a task begins. Tasks cost about the same: an expert that many rows picked has more of them.
   Place placeOf(int64_t task) const {
     int64_t all = 0;
-    for (int64_t s = 0; s < num_segments; ++s) all += units() * cost(segments[s]);
+    for (int64_t s = 0; s < segments.count; ++s) all += units() * cost(segments[s]);
     int64_t at = task * all / tasks, s = 0;
-    for (; s < num_segments && at >= units() * cost(segments[s]); ++s) at -= units() * cost(segments[s]);
-    return {s, s < num_segments ? at / cost(segments[s]) : 0};
+    for (; s < segments.count && at >= units() * cost(segments[s]); ++s) at -= units() * cost(segments[s]);
+    return {s, s < segments.count ? at / cost(segments[s]) : 0};
   }
 
   void multiplyAll(const Parallel& parallel) const {
@@ -300,57 +273,23 @@ struct Run {
       PackedRows rows = packed;
       if (copies > 1) {
         rows = copy(task);
-        askForWeights(segments[at.segment], at.unit * unit());
         packAll(rows);
       }
       for (; at.segment < end.segment || at.unit < end.unit; at = {at.segment + 1, 0}) {
         const Segment& segment = segments[at.segment];
         const int64_t last = at.segment < end.segment ? units() : end.unit;
-        for (int64_t m = 0; m < segment.rows; m += kRowsAtATime) {
+        const int64_t at_a_time = rowsAtATime(segment);
+        for (int64_t m = 0; m < segment.rows; m += at_a_time) {
           multiply(rows, segment, at.unit * unit(), smaller(last * unit(), tiles), m,
-                   smaller(segment.rows, m + kRowsAtATime));
+                   smaller(segment.rows, m + at_a_time));
         }
         if (at.segment == end.segment) return;
       }
     });
   }
 
-  // The norm after the matmul, and the residual: a row needs all of its tiles.
-  void normaliseOutputs(const Parallel& parallel) const {
-    const int64_t rows = params.num_rows;
-    const int64_t parts = rows * params.num_outputs <= kPackedByEach ? 1 : smaller(rows, parallel.threads);
-    parallelFor(parallel, parts, [&](int64_t part) {
-      for (int64_t m = part * rows / parts; m < (part + 1) * rows / parts; ++m) finishRow(params, m);
-    });
-  }
-
-  // Weighted sums of the rows that the experts gave.
-  void sumRows(const Parallel& parallel) const {
-    const int64_t outputs = params.num_outputs, each = params.num_rows / params.num_sums;
-    const int64_t parts = params.num_rows * outputs <= kPackedByEach ? 1 : smaller(params.num_sums, parallel.threads);
-    parallelFor(parallel, parts, [&](int64_t part) {
-      for (int64_t m = part * params.num_sums / parts; m < (part + 1) * params.num_sums / parts; ++m) {
-        for (int64_t n = 0; n < outputs; n += 16) {
-          const int64_t left = outputs - n, at = m * outputs + n;
-          Floats total = broadcast(0.0f);
-          for (int64_t i = m * each; i < (m + 1) * each; ++i) {
-            total = fma(broadcast(params.pick_weights[i]), loadUpTo(rows + i * outputs + n, left), total);
-          }
-          if (params.residual != nullptr) total = total + loadUpTo(params.residual + at, left);
-          storePart(params.y + at, total, left);
-        }
-      }
-    });
-  }
-
-  void askForWeights(const Segment& segment, int64_t tile) const {
-    const TileOperands first = operands(segment, tile);
-    for (int64_t at = 0; at < kAskedForFirst; at += 64) prefetchOnce(first.weight + at);
-    if (first.scale != nullptr) prefetchOnce(first.scale);
-  }
-
   static constexpr int kMostRows = kRows > kFloatRows ? kRows : kFloatRows;
-  static_assert(kRowsAtATime % kRows == 0 && kRowsAtATime % kFloatRows == 0);
+  static_assert(kMostPanelRows % kRows == 0 && kMostPanelRows % kFloatRows == 0);
   static_assert(kTiles <= 2 && kFloatTiles <= 2);
 };
 
@@ -360,7 +299,7 @@ void runLinear(const LinearParams& params, const Parallel& parallel, Scratch& sc
   Run run(params);
   run.plan(parallel);
   run.reserve(scratch);
-  run.sortRows();
+  run.segments.sort();
   if (run.copies == 1) {
     if (parallel.threads > 1 && params.num_rows > 1) {
       run.pack(parallel);
@@ -369,8 +308,8 @@ void runLinear(const LinearParams& params, const Parallel& parallel, Scratch& sc
     }
   }
   run.multiplyAll(parallel);
-  if (params.output_norm_weight != nullptr) run.normaliseOutputs(parallel);
-  if (params.pick_weights != nullptr) run.sumRows(parallel);
+  if (params.output_norm_weight != nullptr) run.outputs.normalise(parallel);
+  if (params.pick_weights != nullptr) run.outputs.sumRows(parallel);
 }
 
 }  // namespace sinkexport::cpu::SINKEXPORT_ISA

@@ -10,7 +10,8 @@ namespace sinkexport::cpu::SINKEXPORT_ISA {
 // Sizes that follow from the weight's type.
 struct Format {
   bool is_integer;
-  int64_t padded_inputs;  // K with its padding
+  int64_t padded_inputs;  // K with its padding, of the weights
+  int64_t x_inputs;       // of a packed row: integers up to the end of the last group
   int64_t group;          // inputs that share a scale of x; 0: none
   int64_t groups;
   int step;          // inputs of one step of a tile's loop
@@ -26,13 +27,14 @@ struct Format {
     padded_inputs = (params.num_inputs + multiple - 1) / multiple * multiple;
     group = !is_integer ? 0 : params.block_size > 0 ? params.block_size : kActivationGroup;
     groups = is_integer ? (padded_inputs + group - 1) / group : 0;
+    x_inputs = is_integer ? groups * group : padded_inputs;
     x_bytes = is_integer ? 1 : 4;
     largest_rows = is_integer ? kRows : kFloatRows;
     largest_tiles = is_integer ? kTiles : kFloatTiles;
   }
 };
 
-// All packed rows. A block that begins with row r begins at r * padded_inputs values and r * groups scales and sums.
+// All packed rows. A block that begins with row r begins at r * x_inputs values and r * groups scales and sums.
 struct PackedRows {
   char* values;
   float* scales;
@@ -132,13 +134,60 @@ inline void packRow(const LinearParams& params, const Format& format, const floa
   const int factor = sumFactor(params);
   int64_t g = packWholeGroups(source, format.group, factor, target);
   for (; g < format.groups; ++g) {
-    const int64_t start = g * format.group, rest = format.padded_inputs - start;
-    const int64_t count = rest < format.group ? rest : format.group;
-    const int vectors = static_cast<int>((count + 15) / 16);
+    const int64_t start = g * format.group;
+    const int vectors = static_cast<int>(format.group / 16);
     Floats values[8];
     for (int i = 0; i < vectors; ++i) values[i] = source.at(start + 16 * i);
-    roundGroup(values, vectors, start, count, factor, target, g);
+    roundGroup(values, vectors, start, format.group, factor, target, g);
   }
 }
+
+#ifdef SINKEXPORT_UNSIGNED_DOT
+// The same for linear_panel.h: rows of x lie one after another, 128 is added to each number, and there are no sums.
+template <int vectors, Norm kind>
+void packPanelRow(const LinearParams& params, const Format& format, const RowSource& source, uint8_t* to, float* scales,
+                  int stride) {
+  const Floats limit = broadcast(127.0f), lowest = broadcast(-127.0f);
+  const Ints offset = broadcastInt(kInt8Offset);
+  Floats odd = broadcast(0.0f);
+  for (int64_t g = 0; g < format.groups; ++g, to += 16 * vectors) {
+    const int64_t start = g * 16 * vectors;
+    Floats values[vectors];
+    if (start + 16 * vectors <= params.num_inputs) {
+      for (int i = 0; i < vectors; ++i) values[i] = source.whole<kind>(start + 16 * i);
+    } else {
+      for (int i = 0; i < vectors; ++i) values[i] = source.at(start + 16 * i);
+    }
+    Floats size = abs(values[0]);
+    for (int i = 1; i < vectors; ++i) size = max(size, abs(values[i]));
+    const float scale = largest(size) * (1.0f / 127.0f);
+    const Floats inverse = broadcast(scale > 0.0f ? 1.0f / scale : 0.0f);
+    for (int i = 0; i < vectors; ++i) {
+      odd = odd + (values[i] - values[i]);
+      storeUint8(to + 16 * i, toInts(max(lowest, min(limit, values[i] * inverse))) + offset);
+    }
+    scales[g * stride] = scale;
+  }
+  const float is_odd = sum(odd);  // what is not a number, and infinity, less itself is not 0
+  if (is_odd != is_odd) scales[0] = __builtin_nanf("");
+}
+
+template <Norm kind>
+void packPanelRow(const LinearParams& params, const Format& format, const RowSource& source, uint8_t* to, float* scales,
+                  int stride) {
+  if (format.group == 32) return packPanelRow<2, kind>(params, format, source, to, scales, stride);
+  if (format.group == 64) return packPanelRow<4, kind>(params, format, source, to, scales, stride);
+  return packPanelRow<8, kind>(params, format, source, to, scales, stride);
+}
+
+// scales: of the row's first group; the next one's is `stride` floats further.
+inline void packPanelRow(const LinearParams& params, const Format& format, const float* x, uint8_t* to, float* scales,
+                         int stride) {
+  const RowSource source(params, x);
+  if (source.norm == Norm::kRms) return packPanelRow<Norm::kRms>(params, format, source, to, scales, stride);
+  if (source.norm == Norm::kLayer) return packPanelRow<Norm::kLayer>(params, format, source, to, scales, stride);
+  return packPanelRow<Norm::kNone>(params, format, source, to, scales, stride);
+}
+#endif
 
 }  // namespace sinkexport::cpu::SINKEXPORT_ISA

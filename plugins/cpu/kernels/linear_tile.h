@@ -14,7 +14,7 @@ namespace sinkexport::cpu::SINKEXPORT_ISA {
 
 constexpr int64_t kScalesAhead = 512;  // bytes
 // Inputs that share a scale where all weights of an output do.
-constexpr int64_t kActivationGroup = 64;
+constexpr int64_t kActivationGroup = 32;
 
 // What a tile's function reads; of weights the first tile, others follow at the strides.
 struct TileOperands {

@@ -25,6 +25,11 @@
 //   dotInt8(Ints sum, Bytes a, Quad b): sum + (a + kInt8Offset) . b; a and b -127 .. 127. Where kInt8Offset is 128 the
 //     processor multiplies unsigned by signed bytes: begin with -128 * (sum of b).
 //   prepareInt8(Bytes): what dotInt8 wants as a, once for many b
+//   With SINKEXPORT_UNSIGNED_DOT, where kInt8Offset is 128:
+//     dotUnsigned(Ints sum, Quad a, Bytes b): sum + a . b in every lane; a 0 .. 255, b -128 .. 127
+//     repeatQuad(int): a byte four times in every lane; repeatByte(Ints): each lane's value 0 .. 255 four times
+//     a - b of Bytes; storeBytes(void*, Bytes), loadInts(const int32_t*), storeInts(int32_t*, Ints)
+//     storeUint8(uint8_t*, Ints): values within uint8
 //   minusProduct(Ints sum, Ints a, int32_t b): sum - a * b; a 0 .. 255, |b| < 32768
 //   prefetch(const void*): to all caches
 //   prefetchOnce(const void*): what is read once. Where the processor can, past the second-level cache, which then

@@ -8,6 +8,7 @@ namespace sinkexport::cpu::SINKEXPORT_ISA {
 constexpr int kRows = 4, kTiles = 1, kFloatRows = 6, kFloatTiles = 1;
 #ifdef __AVXVNNI__
 constexpr int kInt8Offset = 128;
+#define SINKEXPORT_UNSIGNED_DOT
 #else
 constexpr int kInt8Offset = 0;
 #endif
@@ -72,6 +73,12 @@ SINKEXPORT_INLINE void storeInt8(int8_t* to, Ints x) {
   // Packs work within halves of 128 bits: a0 b0 | a1 b1, then put in order.
   const __m256i words = _mm256_permute4x64_epi64(_mm256_packs_epi32(x.a, x.b), 0xd8);
   const __m128i bytes = _mm_packs_epi16(_mm256_castsi256_si128(words), _mm256_extracti128_si256(words, 1));
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(to), bytes);
+}
+SINKEXPORT_INLINE void storeUint8(uint8_t* to, Ints x) {
+  // Packs work within halves of 128 bits: a0 b0 | a1 b1, then put in order.
+  const __m256i words = _mm256_permute4x64_epi64(_mm256_packs_epi32(x.a, x.b), 0xd8);
+  const __m128i bytes = _mm_packus_epi16(_mm256_castsi256_si128(words), _mm256_extracti128_si256(words, 1));
   _mm_storeu_si128(reinterpret_cast<__m128i*>(to), bytes);
 }
 SINKEXPORT_INLINE Floats broadcast(float x) {
@@ -172,6 +179,33 @@ SINKEXPORT_INLINE Quad loadQuad(const int8_t* from) {
 #ifdef __AVXVNNI__
 SINKEXPORT_INLINE Ints dotSmall(Ints sum, Bytes x, Quad y) {
   return {_mm256_dpbusd_avx_epi32(sum.a, x.a, y.v), _mm256_dpbusd_avx_epi32(sum.b, x.b, y.v)};
+}
+SINKEXPORT_INLINE Ints dotUnsigned(Ints sum, Quad x, Bytes y) {
+  return {_mm256_dpbusd_avx_epi32(sum.a, x.v, y.a), _mm256_dpbusd_avx_epi32(sum.b, x.v, y.b)};
+}
+SINKEXPORT_INLINE Quad repeatQuad(int byte) {
+  return {_mm256_set1_epi8(static_cast<char>(byte))};
+}
+SINKEXPORT_INLINE void storeBytes(void* to, Bytes x) {
+  auto* halves = static_cast<__m256i*>(to);
+  _mm256_storeu_si256(halves, x.a);
+  _mm256_storeu_si256(halves + 1, x.b);
+}
+SINKEXPORT_INLINE Ints loadInts(const int32_t* from) {
+  const auto* halves = reinterpret_cast<const __m256i*>(from);
+  return {_mm256_loadu_si256(halves), _mm256_loadu_si256(halves + 1)};
+}
+SINKEXPORT_INLINE void storeInts(int32_t* to, Ints x) {
+  auto* halves = reinterpret_cast<__m256i*>(to);
+  _mm256_storeu_si256(halves, x.a);
+  _mm256_storeu_si256(halves + 1, x.b);
+}
+SINKEXPORT_INLINE Bytes repeatByte(Ints x) {
+  const __m256i ones = _mm256_set1_epi32(0x01010101);
+  return {_mm256_mullo_epi32(x.a, ones), _mm256_mullo_epi32(x.b, ones)};
+}
+SINKEXPORT_INLINE Bytes operator-(Bytes x, Bytes y) {
+  return {_mm256_sub_epi8(x.a, y.a), _mm256_sub_epi8(x.b, y.b)};
 }
 SINKEXPORT_INLINE Bytes prepareInt8(Bytes x) {
   const __m256i offset = _mm256_set1_epi8(-128);

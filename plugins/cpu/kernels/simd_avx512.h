@@ -7,6 +7,7 @@ namespace sinkexport::cpu::SINKEXPORT_ISA {
 
 constexpr int kRows = 6, kTiles = 2, kFloatRows = 12, kFloatTiles = 2;
 constexpr int kInt8Offset = 128;
+#define SINKEXPORT_UNSIGNED_DOT
 
 struct Floats {
   __m512 v;
@@ -55,6 +56,9 @@ SINKEXPORT_INLINE Ints loadUint8(const uint8_t* from) {
 }
 SINKEXPORT_INLINE void storeInt8(int8_t* to, Ints a) {
   _mm_storeu_si128(reinterpret_cast<__m128i*>(to), _mm512_cvtsepi32_epi8(a.v));
+}
+SINKEXPORT_INLINE void storeUint8(uint8_t* to, Ints a) {
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(to), _mm512_cvtepi32_epi8(a.v));
 }
 SINKEXPORT_INLINE Floats broadcast(float a) {
   return {_mm512_set1_ps(a)};
@@ -131,6 +135,21 @@ SINKEXPORT_INLINE Floats evenBf16(Bytes a) {
 SINKEXPORT_INLINE Floats oddBf16(Bytes a) {
   return {_mm512_castsi512_ps(_mm512_and_si512(a.v, _mm512_set1_epi32(static_cast<int>(0xffff0000u))))};
 }
+SINKEXPORT_INLINE void storeBytes(void* to, Bytes a) {
+  _mm512_storeu_si512(to, a.v);
+}
+SINKEXPORT_INLINE Ints loadInts(const int32_t* from) {
+  return {_mm512_loadu_si512(from)};
+}
+SINKEXPORT_INLINE void storeInts(int32_t* to, Ints a) {
+  _mm512_storeu_si512(to, a.v);
+}
+SINKEXPORT_INLINE Bytes repeatByte(Ints a) {
+  return {_mm512_mullo_epi32(a.v, _mm512_set1_epi32(0x01010101))};
+}
+SINKEXPORT_INLINE Bytes operator-(Bytes a, Bytes b) {
+  return {_mm512_sub_epi8(a.v, b.v)};
+}
 SINKEXPORT_INLINE Bytes lowNibbles(Bytes a) {
   return {_mm512_and_si512(a.v, _mm512_set1_epi8(15))};
 }
@@ -142,7 +161,13 @@ SINKEXPORT_INLINE Quad loadQuad(const int8_t* from) {
   std::memcpy(&four, from, 4);
   return {_mm512_set1_epi32(four)};
 }
+SINKEXPORT_INLINE Quad repeatQuad(int byte) {
+  return {_mm512_set1_epi8(static_cast<char>(byte))};
+}
 SINKEXPORT_INLINE Ints dotSmall(Ints sum, Bytes a, Quad b) {
+  return {_mm512_dpbusd_epi32(sum.v, a.v, b.v)};
+}
+SINKEXPORT_INLINE Ints dotUnsigned(Ints sum, Quad a, Bytes b) {
   return {_mm512_dpbusd_epi32(sum.v, a.v, b.v)};
 }
 SINKEXPORT_INLINE Bytes prepareInt8(Bytes a) {

@@ -136,21 +136,35 @@ void runStep(const AttentionKernels& kernels, const SinkAttentionParams& p, cons
 
 // --- a chunk ---
 
+ChunkRows chunkRows(const SinkAttentionParams& p, const ChunkPlan& plan, Slices& slices) {
+  const int64_t dim = p.head_dim, value_dim = p.value_dim, tokens = p.num_tokens, bytes = elementBytes(p.window_type);
+  const bool is_stored = p.window_type != WindowType::kFloat32;
+  // Rows of pairs are written in whole vectors: where these would reach into the next piece's rows, there are none.
+  const bool has_pairs = plan.is_bfloat16 && dim % 16 == 0 && value_dim % 16 == 0;
+  ChunkRows rows{};
+  rows.keys = slices.take<float>(tokens * dim);
+  rows.values = slices.take<float>(tokens * value_dim);
+  if (is_stored) {
+    rows.stored_k = slices.take<char>(tokens * dim * bytes);
+    rows.stored_v = slices.take<char>(tokens * value_dim * bytes);
+    rows.scale_k = slices.take<uint16_t>(tokens);
+    rows.scale_v = slices.take<uint16_t>(tokens);
+  }
+  if (has_pairs) {
+    rows.pairs_k = slices.take<uint16_t>(tokens * dim);
+    rows.pairs_v = slices.take<uint16_t>((tokens + 1) * value_dim);
+  }
+  return rows;
+}
+
 ChunkWork chunkWork(const SinkAttentionParams& p, const ChunkPlan& plan, Slices& slices) {
   // 32 more: vectors may be stored past the end of rows that no vector fills.
-  const int64_t dim = p.head_dim, value_dim = p.value_dim, tokens = p.num_tokens, more = 32;
+  const int64_t dim = p.head_dim, value_dim = p.value_dim, more = 32;
   const int64_t lanes = int64_t{plan.tile_vectors} * 16, rows = lanes * plan.tiles_per_item;
-  const int64_t bytes = elementBytes(p.window_type);
-  ChunkWork work;
+  ChunkWork work{};
   for (float** one : {&work.cos, &work.sin, &work.sink_cos, &work.sink_sin, &work.shift_cos, &work.shift_sin}) {
     *one = slices.take<float>(p.rotary_dim / 2 + 1);
   }
-  work.keys = slices.take<float>(tokens * dim + more);
-  work.values = slices.take<float>(tokens * value_dim + more);
-  work.stored_k = slices.take<char>(tokens * dim * bytes);
-  work.stored_v = slices.take<char>(tokens * value_dim * bytes);
-  work.scale_k = slices.take<uint16_t>(tokens);
-  work.scale_v = slices.take<uint16_t>(tokens);
   for (float** one : {&work.row, &work.sink_row, &work.normed})
     *one = slices.take<float>(std::max(dim, value_dim) + more);
   work.q = slices.take<float>(rows * dim);
@@ -160,6 +174,7 @@ ChunkWork chunkWork(const SinkAttentionParams& p, const ChunkPlan& plan, Slices&
   work.tile_k = slices.take<float>(plan.block_keys * dim + more);
   work.tile_v = slices.take<float>(plan.block_keys * value_dim + more);
   work.out = slices.take<float>(rows * value_dim);
+  work.out_rows = slices.take<float>(16 * value_dim);
   for (float** one : {&work.largest, &work.sums, &work.token, &work.slope, &work.sink_place, &work.sink_factor}) {
     *one = slices.take<float>(rows);
   }
@@ -168,15 +183,23 @@ ChunkWork chunkWork(const SinkAttentionParams& p, const ChunkPlan& plan, Slices&
 
 struct ChunkMemory {
   StreamCache* streams;
+  ChunkRows* rows;
   ChunkWork* work;
-  int64_t* next_item;
+  int64_t *next_piece, *next_item;
   int* ended;
 
   ChunkMemory(const SinkAttentionParams& p, const ChunkPlan& plan, int threads, Slices& slices) {
     streams = slices.take<StreamCache>(p.batch);
+    const int64_t units = int64_t{p.batch} * p.num_kv_heads;
+    rows = slices.take<ChunkRows>(units);
     work = slices.take<ChunkWork>(threads);
+    next_piece = slices.take<int64_t>(1);
     next_item = slices.take<int64_t>(1);
-    ended = slices.take<int>(int64_t{p.batch} * p.num_kv_heads);
+    ended = slices.take<int>(units);
+    for (int64_t unit = 0; unit < units; ++unit) {
+      const ChunkRows one = chunkRows(p, plan, slices);
+      if (rows != nullptr) rows[unit] = one;
+    }
     for (int w = 0; w < threads; ++w) {
       const ChunkWork one = chunkWork(p, plan, slices);
       if (work != nullptr) work[w] = one;
@@ -196,6 +219,7 @@ void runChunk(const AttentionKernels& kernels, const SinkAttentionParams& p, con
   const int64_t shared = std::clamp<int64_t>(units * tiles / (threads * kItemsPerWorker), 1, kMaxItemTiles);
   plan.tiles_per_item = static_cast<int>(std::min(shared, tiles));
   plan.items_per_unit = static_cast<int>(cut(tiles, plan.tiles_per_item));
+  plan.pieces_per_unit = static_cast<int>(cut(p.num_tokens, kPieceTokens));
   plan.num_items = units * plan.items_per_unit;
   plan.workers = static_cast<int>(std::min<int64_t>(threads, plan.num_items));
   plan.is_bfloat16 = p.bfloat16_chunks && kernels.has_bfloat16;
@@ -205,13 +229,16 @@ void runChunk(const AttentionKernels& kernels, const SinkAttentionParams& p, con
   Slices slices(scratch.reserve(count.bytes()));
   const ChunkMemory memory(p, plan, threads, slices);
   plan.streams = memory.streams;
+  plan.rows = memory.rows;
   plan.work = memory.work;
+  plan.next_piece = memory.next_piece;
   plan.next_item = memory.next_item;
   plan.ended = memory.ended;
   findStreams(p, memory.streams);
   clearOutputs(p, memory.streams);
-  *memory.next_item = 0;
+  *memory.next_piece = *memory.next_item = 0;
   std::fill(memory.ended, memory.ended + units, 0);
+  parallelFor(parallel, plan.workers, [&](int64_t w) { kernels.prepare(p, plan, static_cast<int>(w)); });
   parallelFor(parallel, plan.workers, [&](int64_t w) { kernels.chunk(p, plan, static_cast<int>(w)); });
 }
 

@@ -101,7 +101,8 @@ struct TileRun {
   // come next, and the keys of the next block.
   SINKEXPORT_INLINE Ahead aheadOf(const char* k, const char* v, int64_t begin) const {
     if (tile > 0 || !reads_in_place) return {nullptr, nullptr, 0, 0};
-    const int64_t k_bytes = int64_t{4} * p.head_dim, v_bytes = int64_t{4} * p.value_dim;
+    const int64_t row_bytes = 4 / Matmul::kTogether;
+    const int64_t k_bytes = row_bytes * p.head_dim, v_bytes = row_bytes * p.value_dim;
     return {k + (begin + block) * k_bytes, v + begin * v_bytes, k_bytes, v_bytes};
   }
 
@@ -168,14 +169,22 @@ void attendSection(const SinkAttentionParams& p, const ChunkWork& work, int bloc
   }
 }
 
-// Queries of an item's tiles, turned and placed, and what their rows need beside.
+// Whether the cache has evicted nothing before any of an item's tokens: sinks meet queries as the window does then.
+inline bool sinksStayNear(const SinkAttentionParams& p, const StreamCache& cache, const Item& item) {
+  const int64_t last = cache.position + (item.first_row + item.num_rows - 1) / item.group;
+  return p.q_turned_weight == nullptr && p.frequency != nullptr && last < int64_t{p.num_sinks} + p.window_size;
+}
+
+// Queries of an item's tiles, turned and placed, and what their rows need beside. Returns those that sinks meet.
 template <typename Matmul, int V>
-void prepareQueries(const SinkAttentionParams& p, const StreamCache& cache, const ChunkWork& work, const Item& item) {
+const void* prepareQueries(const SinkAttentionParams& p, const StreamCache& cache, const ChunkWork& work,
+                           const Item& item) {
   constexpr int64_t kLanes = 16 * V;
   const int64_t last_place = int64_t{p.num_sinks} + p.window_size - 1;
   const float factor = logitFactor(p);
   const int64_t tile_bytes = kLanes * p.head_dim * (4 / Matmul::kTogether);
   Angles angles{work.cos, work.sin, work.sink_cos, work.sink_sin, work.shift_cos, work.shift_sin};
+  const bool has_sinks = cache.num_sinks > 0 && !sinksStayNear(p, cache, item);
   int64_t token = -1;
   float of_row = 1.0f;
   for (int64_t i = 0; i < item.num_tiles * kLanes; ++i) {
@@ -185,13 +194,17 @@ void prepareQueries(const SinkAttentionParams& p, const StreamCache& cache, cons
     const int64_t head = item.kv_head * item.group + row % item.group;
     if (row / item.group != token) {
       token = row / item.group;
-      findAngles(p, item.b, token, cache.position + token, angles);
+      findAngles(p, item.b, token, cache.position + token, has_sinks, angles);
       of_row = rowFactor(p, false, item.b, token);
     }
     const float* q = normalisedQuery(p, item.b, head, token, of_row, work.normed);
-    turnQuery(p, q, angles, factor, work.row, work.sink_row);
+    if (token + kTokensAhead < item.num_tokens) {
+      const float* later = queryRow(p, item.b, head, token + kTokensAhead);
+      for (int d = 0; d < p.head_dim; d += 16) prefetch(later + d);
+    }
+    turnQuery(p, q, angles, factor, work.row, work.sink_row, has_sinks);
     placeQuery<Matmul>(work.row, p.head_dim, kLanes, lane, static_cast<char*>(work.q) + tile * tile_bytes);
-    if (cache.num_sinks > 0) {
+    if (has_sinks) {
       placeQuery<Matmul>(work.sink_row, p.head_dim, kLanes, lane, static_cast<char*>(work.sink_q) + tile * tile_bytes);
     }
     const int64_t place = cache.position + token;
@@ -203,6 +216,7 @@ void prepareQueries(const SinkAttentionParams& p, const StreamCache& cache, cons
     work.sums[i] = 0.0f;
   }
   for (int64_t i = 0; i < item.num_tiles * kLanes * p.value_dim; i += 16) store(work.out + i, broadcast(0.0f));
+  return has_sinks ? work.sink_q : work.q;
 }
 
 template <typename Matmul, int V, typename Row>
@@ -221,15 +235,35 @@ void attendRing(const SinkAttentionParams& p, const StreamCache& cache, const Ch
   }
 }
 
+// Outputs of an item's rows. lanes: rows of a tile.
+inline void writeItem(const SinkAttentionParams& p, const ChunkWork& work, const Item& item, int64_t lanes) {
+  const int64_t n = p.value_dim;
+  for (int64_t first = 0; first < item.num_rows; first += 16) {
+    const float* values = work.out + first / lanes * lanes * n + first % lanes;  // [Dv][lanes]
+    const bool is_whole = n % 16 == 0;
+    for (int64_t d = 0; is_whole && d < n; d += 16) {
+      Floats block[16];
+      for (int i = 0; i < 16; ++i) block[i] = load(values + (d + i) * lanes);
+      transpose(block);
+      for (int i = 0; i < 16; ++i) store(work.out_rows + i * n + d, block[i]);
+    }
+    for (int64_t i = first; i < item.num_rows && i < first + 16; ++i) {
+      const int64_t row = item.first_row + i, head = item.kv_head * item.group + row % item.group;
+      const float factor = normaliser(work.largest[i], work.sums[i], p.sink_logit, head);
+      const float* from = is_whole ? work.out_rows + (i - first) * n : values + (i - first);
+      writeOut(p, item.b, head, row / item.group, from, is_whole ? 1 : lanes, factor);
+    }
+  }
+}
+
 template <typename Matmul, int V>
 void attendItem(const SinkAttentionParams& p, const StreamCache& cache, const ChunkWork& work, int block,
                 const Item& item) {
-  prepareRows(p, cache, work, item);
-  prepareQueries<Matmul, V>(p, cache, work, item);
+  const void* sink_q = prepareQueries<Matmul, V>(p, cache, work, item);
   if (cache.num_sinks > 0) {
     const KeyRows keys{Section::kSinks, cache.num_sinks, 0, true};
     attendSection<Matmul, V, FloatRow>(p, work, block, item, keys, p.sink_k + item.unit * p.num_sinks * p.head_dim,
-                                       p.sink_v + item.unit * p.num_sinks * p.value_dim, nullptr, nullptr, work.sink_q);
+                                       p.sink_v + item.unit * p.num_sinks * p.value_dim, nullptr, nullptr, sink_q);
   }
   if (cache.num_ring > 0) {
     if (p.window_type == WindowType::kFloat32) attendRing<Matmul, V, FloatRow>(p, cache, work, block, item);
@@ -237,13 +271,12 @@ void attendItem(const SinkAttentionParams& p, const StreamCache& cache, const Ch
     if (p.window_type == WindowType::kInt8) attendRing<Matmul, V, Int8Row>(p, cache, work, block, item);
   }
   const KeyRows keys{Section::kChunk, item.num_tokens, 0, cache.position == 0};
-  attendSection<Matmul, V, FloatRow>(p, work, block, item, keys, work.keys, work.values, nullptr, nullptr, work.q);
-  for (int64_t i = 0; i < item.num_rows; ++i) {
-    const int64_t tile = i / (16 * V), lane = i % (16 * V), row = item.first_row + i;
-    const int64_t head = item.kv_head * item.group + row % item.group;
-    const float factor = normaliser(work.largest[i], work.sums[i], p.sink_logit, head);
-    writeOut(p, item.b, head, row / item.group, work.out + tile * 16 * V * p.value_dim + lane, 16 * V, factor);
+  if (work.pairs_k != nullptr) {
+    attendSection<Matmul, V, PairRow>(p, work, block, item, keys, work.pairs_k, work.pairs_v, nullptr, nullptr, work.q);
+  } else {
+    attendSection<Matmul, V, FloatRow>(p, work, block, item, keys, work.keys, work.values, nullptr, nullptr, work.q);
   }
+  writeItem(p, work, item, 16 * V);
 }
 
 template <typename Matmul>
@@ -257,17 +290,19 @@ void attendTiles(const SinkAttentionParams& p, const ChunkPlan& plan, const Chun
 }
 
 inline void chunkWorker(const SinkAttentionParams& p, const ChunkPlan& plan, int worker) {
-  const ChunkWork& work = plan.work[worker];
+  ChunkWork work = plan.work[worker];
   const int64_t item_rows = int64_t{plan.tiles_per_item} * plan.tile_vectors * 16;
   while (true) {
-    const int64_t next = __atomic_fetch_add(plan.next_item, 1, __ATOMIC_RELAXED);
-    if (next >= plan.num_items) return;
+    // From the last one on: later rows have more keys, and threads end together after small items.
+    const int64_t next = plan.num_items - 1 - __atomic_fetch_add(plan.next_item, 1, __ATOMIC_RELAXED);
+    if (next < 0) return;
     Item item;
     item.unit = next / plan.items_per_unit;
     item.b = item.unit / p.num_kv_heads;
     item.kv_head = item.unit % p.num_kv_heads;
     item.group = p.num_q_heads / p.num_kv_heads;
     const StreamCache& cache = plan.streams[item.b];
+    static_cast<ChunkRows&>(work) = plan.rows[item.unit];
     item.num_tokens = cache.num_valid;
     item.first_row = next % plan.items_per_unit * item_rows;
     const int64_t left = item.num_tokens * item.group - item.first_row;
@@ -286,7 +321,6 @@ inline void chunkWorker(const SinkAttentionParams& p, const ChunkPlan& plan, int
     }
     const int ended = __atomic_add_fetch(plan.ended + item.unit, 1, __ATOMIC_ACQ_REL);
     if (p.reads_only || ended < plan.items_per_unit || item.num_tokens == 0) continue;
-    if (left <= 0) prepareRows(p, cache, work, item);
     writeRows(p, cache, work, item);
   }
 }

@@ -7,6 +7,8 @@
 
 namespace sinkexport::cpu::SINKEXPORT_ISA {
 
+constexpr int kTokensAhead = 4;  // whose rows are asked for: they lie too far apart for the processor to see
+
 // Rows first_row .. of a unit, for one worker: row r is query head r % group of token r / group.
 struct Item {
   int64_t b, kv_head, unit, group;
@@ -14,10 +16,10 @@ struct Item {
   int num_tokens;  // that count
 };
 
-// The new rows of a unit, turned, as they are stored and in float32 as they take part.
-inline void prepareRows(const SinkAttentionParams& p, const StreamCache& cache, const ChunkWork& work,
-                        const Item& item) {
-  for (int i = 0; i < item.num_tokens; ++i) {
+// New rows first .. last - 1 of a unit, turned, as they are stored and in float32 as they take part.
+inline void prepareRows(const SinkAttentionParams& p, const StreamCache& cache, const ChunkWork& work, const Item& item,
+                        int first, int last) {
+  for (int i = first; i < last; ++i) {
     const int64_t t = cache.position + i;
     Angles angles{work.cos, work.sin, nullptr, nullptr, nullptr, nullptr};
     if (p.frequency != nullptr) {
@@ -30,6 +32,10 @@ inline void prepareRows(const SinkAttentionParams& p, const StreamCache& cache, 
       const float* row = is_key ? normalisedKey(p, item.b, item.kv_head, i, work.normed)
                                 : normalisedValue(p, item.b, item.kv_head, i, work.normed);
       float* to = (is_key ? work.keys : work.values) + int64_t{i} * n;
+      if (i + kTokensAhead < item.num_tokens) {
+        const float* later = newRow(p, is_key, item.b, item.kv_head, i + kTokensAhead);
+        for (int d = 0; d < n; d += 16) prefetch(later + d);
+      }
       if (is_key) {
         turn(row, work.row, n, angles.half, p.interleaved, angles.cosine, angles.sine, 1.0f);
         row = work.row;
@@ -103,7 +109,7 @@ void placeQuery(const float* row, int dim, int64_t lanes, int64_t lane, void* ti
 template <typename Matmul, typename Row>
 const void* asFactors(const typename Row::Element* rows, const uint16_t* scales, int n, int dim, bool interleaved,
                       void* tile) {
-  if (Matmul::kTogether == 1 && Row::kIsFloat) return rows;
+  if (Row::kIsPairs || (Matmul::kTogether == 1 && Row::kIsFloat)) return rows;
   for (int first = 0; first < n; first += 16) {
     float factors[16];
     if (Row::kHasScale) store(factors, loadHalfPart(scales + first, n - first));
@@ -133,6 +139,34 @@ const void* asFactors(const typename Row::Element* rows, const uint16_t* scales,
     }
   }
   return tile;
+}
+
+// Prepares new rows, piece by piece.
+inline void prepareWorker(const SinkAttentionParams& p, const ChunkPlan& plan, int worker) {
+  const int64_t pieces = int64_t{p.batch} * p.num_kv_heads * plan.pieces_per_unit;
+  while (true) {
+    const int64_t next = __atomic_fetch_add(plan.next_piece, 1, __ATOMIC_RELAXED);
+    if (next >= pieces) return;
+    Item item{};
+    item.unit = next / plan.pieces_per_unit;
+    item.b = item.unit / p.num_kv_heads;
+    item.kv_head = item.unit % p.num_kv_heads;
+    const StreamCache& cache = plan.streams[item.b];
+    item.num_tokens = cache.num_valid;
+    const int first = static_cast<int>(next % plan.pieces_per_unit) * kPieceTokens;
+    const int last = first + kPieceTokens < item.num_tokens ? first + kPieceTokens : item.num_tokens;
+    if (first >= last) continue;
+    ChunkWork work = plan.work[worker];
+    static_cast<ChunkRows&>(work) = plan.rows[item.unit];
+    prepareRows(p, cache, work, item, first, last);
+#ifdef SINKEXPORT_BF16
+    if (work.pairs_k == nullptr) continue;
+    asFactors<Bf16Matmul, FloatRow>(work.keys + int64_t{first} * p.head_dim, nullptr, last - first, p.head_dim, false,
+                                    static_cast<uint16_t*>(work.pairs_k) + int64_t{first} * p.head_dim);
+    asFactors<Bf16Matmul, FloatRow>(work.values + int64_t{first} * p.value_dim, nullptr, last - first, p.value_dim,
+                                    true, static_cast<uint16_t*>(work.pairs_v) + int64_t{first} * p.value_dim);
+#endif
+  }
 }
 
 }  // namespace sinkexport::cpu::SINKEXPORT_ISA

@@ -11,6 +11,6 @@ constexpr bool kHasBf16 = true;
 #else
 constexpr bool kHasBf16 = false;
 #endif
-const AttentionKernels kAttentionKernels = {stepWorker, chunkWorker, kMaxTileVectors, kHasBf16};
+const AttentionKernels kAttentionKernels = {stepWorker, prepareWorker, chunkWorker, kMaxTileVectors, kHasBf16};
 
 }  // namespace sinkexport::cpu::SINKEXPORT_ISA

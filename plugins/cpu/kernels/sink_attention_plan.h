@@ -39,29 +39,39 @@ struct StepPlan {
   int workers;
 };
 
+// The chunk's new rows of one unit, which all workers share.
+struct ChunkRows {
+  float *keys, *values;         // [T][D], [T][Dv]: as they are stored, in float32
+  void *stored_k, *stored_v;    // [T] rows of the window's type
+  uint16_t *scale_k, *scale_v;  // [T]
+  void *pairs_k, *pairs_v;      // bfloat16 [T][D], [T padded to 2 / 2][Dv][2]; null: workers make their own
+};
+
 // Arrays of one worker of a chunk. n: keys of a block; R: rows of a tile, a multiple of 16.
-struct ChunkWork {
+struct ChunkWork : ChunkRows {                                     // of the unit that it works on
   float *cos, *sin, *sink_cos, *sink_sin, *shift_cos, *shift_sin;  // [R/2]
-  float *keys, *values;                             // [T][D], [T][Dv]: the chunk's rows as they are stored, in float32
-  void *stored_k, *stored_v;                        // [T] rows of the window's type
-  uint16_t *scale_k, *scale_v;                      // [T]
-  float *row, *sink_row, *normed;                   // [max(D, Dv) padded to 16]
+  float *row, *sink_row, *normed;                                  // [max(D, Dv) padded to 16]
   void *q, *sink_q;                                 // [tiles][D][R], or pairs of bfloat16 [tiles][D/2][R][2]
   float* logits;                                    // [n][R], then weights
   void* weights;                                    // pairs of bfloat16 [n/2][R][2]
   void *tile_k, *tile_v;                            // [n][D], [n][Dv] float; or bfloat16 [n][D], [n/2][Dv][2]
   float *largest, *sums, *out;                      // [tiles][R], [tiles][R], [tiles][Dv][R]
+  float* out_rows;                                  // [16][Dv]
   float *token, *slope, *sink_place, *sink_factor;  // [tiles][R]
 };
 
-// A chunk: items are (unit, some tiles of its rows), taken in turn. Rows are (token, query head of the group). The last
-// item of a unit writes its new rows.
+// A chunk. First workers prepare its new rows, in pieces of kPieceTokens tokens of a unit. Then they take items in
+// turn, (unit, some tiles of its rows). Rows are (token, query head of the group). The last item of a unit writes its
+// new rows.
 struct ChunkPlan {
   const StreamCache* streams;  // [B]
+  const ChunkRows* rows;       // [B * Hkv]
   const ChunkWork* work;       // [workers]
+  int64_t* next_piece;         // zero before the run
   int64_t* next_item;          // zero before the run
   int* ended;                  // [B * Hkv], items that have ended, zero before the run
   int64_t num_items;
+  int pieces_per_unit;
   int items_per_unit;
   int tiles_per_item;
   int tile_vectors;  // vectors of 16 rows in a tile
@@ -69,10 +79,12 @@ struct ChunkPlan {
   int workers;
   bool is_bfloat16;
 };
+constexpr int kPieceTokens = 16;  // even, so that pairs lie within a piece
 
 // What one instruction set has.
 struct AttentionKernels {
   void (*step)(const SinkAttentionParams& params, const StepPlan& plan, int worker);
+  void (*prepare)(const SinkAttentionParams& params, const ChunkPlan& plan, int worker);
   void (*chunk)(const SinkAttentionParams& params, const ChunkPlan& plan, int worker);
   int max_tile_vectors;
   bool has_bfloat16;

@@ -12,19 +12,26 @@ constexpr int64_t kAhead = 4096;
 // Readers of stored rows: 16 numbers, or the first n of them.
 struct FloatRow {
   using Element = float;
-  static constexpr bool kHasScale = false, kIsFloat = true;
+  static constexpr bool kHasScale = false, kIsFloat = true, kIsPairs = false;
   static SINKEXPORT_INLINE Floats read(const float* from) { return load(from); }
   static SINKEXPORT_INLINE Floats readPart(const float* from, int64_t n) { return loadPart(from, n); }
 };
 struct HalfRow {
   using Element = uint16_t;
-  static constexpr bool kHasScale = false, kIsFloat = false;
+  static constexpr bool kHasScale = false, kIsFloat = false, kIsPairs = false;
   static SINKEXPORT_INLINE Floats read(const uint16_t* from) { return loadHalf(from); }
   static SINKEXPORT_INLINE Floats readPart(const uint16_t* from, int64_t n) { return loadHalfPart(from, n); }
 };
+// Rows that are pairs of bfloat16 already, as matmuls take them.
+struct PairRow {
+  using Element = uint16_t;
+  static constexpr bool kHasScale = false, kIsFloat = false, kIsPairs = true;
+  static SINKEXPORT_INLINE Floats read(const uint16_t* from) { return loadBf16(from); }
+  static SINKEXPORT_INLINE Floats readPart(const uint16_t* from, int64_t) { return loadBf16(from); }
+};
 struct Int8Row {
   using Element = int8_t;
-  static constexpr bool kHasScale = true, kIsFloat = false;
+  static constexpr bool kHasScale = true, kIsFloat = false, kIsPairs = false;
   static SINKEXPORT_INLINE Floats read(const int8_t* from) { return toFloats(loadInt8(from)); }
   static SINKEXPORT_INLINE Floats readPart(const int8_t* from, int64_t n) { return toFloats(loadInt8Part(from, n)); }
 };
@@ -148,14 +155,15 @@ struct Angles {
   int half = 0;                      // that turn keys and queries
   int sink_half = 0;                 // that turn queries for the sinks
 };
-SINKEXPORT_INLINE void findAngles(const SinkAttentionParams& p, int64_t b, int64_t token, int64_t t, Angles& angles) {
+SINKEXPORT_INLINE void findAngles(const SinkAttentionParams& p, int64_t b, int64_t token, int64_t t, bool has_sinks,
+                                  Angles& angles) {
   const int half = p.rotary_dim / 2;
   const int64_t past = t - (int64_t{p.num_sinks} + p.window_size - 1);
   angles.half = angles.sink_half = 0;
   if (p.frequency != nullptr && half > 0) {
     angles.half = angles.sink_half = half;
     anglesOf(t, p.frequency, half, p.rope_scaling, angles.cosine, angles.sine);
-    if (p.num_sinks > 0 || p.q_turned_weight != nullptr) {
+    if (has_sinks || p.q_turned_weight != nullptr) {
       anglesOf(past > 0 ? t - past : t, p.frequency, half, p.rope_scaling, angles.sink_cosine, angles.sink_sine);
     }
     if (p.q_turned_weight != nullptr) {
@@ -170,10 +178,11 @@ SINKEXPORT_INLINE void findAngles(const SinkAttentionParams& p, int64_t b, int64
 }
 
 // A query as the window's keys meet it, and as those of the sinks do, times `factor`. Both have room for whole vectors.
+// `to_sink` is left out where no sinks want it.
 inline void turnQuery(const SinkAttentionParams& p, const float* q, const Angles& angles, float factor, float* to,
-                      float* to_sink) {
+                      float* to_sink, bool has_sinks) {
   const int dim = p.head_dim;
-  if (p.num_sinks > 0 || p.q_turned_weight != nullptr) {
+  if (has_sinks || p.q_turned_weight != nullptr) {
     turn(q, to_sink, dim, angles.sink_half, p.interleaved, angles.sink_cosine, angles.sink_sine, factor);
   }
   if (p.q_turned_weight == nullptr) {

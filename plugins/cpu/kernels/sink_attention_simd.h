@@ -3,10 +3,11 @@
 //   kRegisters: Floats that fit into the registers; SINKEXPORT_WIDE_TILES: 32 of them
 //   roundEven(Floats); timesPowerOf2(Floats x, Floats n): x * 2^n for whole n, 0 where that is below 2^-126
 //   sumEach(Floats (&)[16]): lane i is the sum of vector i
+//   transpose(Floats (&)[16]): lane i of vector j changes places with lane j of vector i
 //   loadHalfPart, loadInt8Part: the first n lanes, the others 0; memory behind the n-th is not touched
 //   With SINKEXPORT_BF16: packBf16(Floats first, Floats second): pairs of bfloat16, to nearest even; storeBf16(to, a):
 //     16 bfloat16; dotBf16(Floats sum, Bytes a, Bytes b): sum + a.first * b.first + a.second * b.second;
-//     broadcastPair(const void*): a pair in every lane; storeBytes(void*, Bytes)
+//     broadcastPair(const void*): a pair in every lane
 #pragma once
 
 #include "simd.h"
@@ -39,6 +40,30 @@ SINKEXPORT_INLINE Floats sumEach(const Floats (&a)[16]) {
   const __m512 low = _mm512_add_ps(_mm512_shuffle_f32x4(y[0], y[1], 0x88), _mm512_shuffle_f32x4(y[0], y[1], 0xdd));
   const __m512 high = _mm512_add_ps(_mm512_shuffle_f32x4(y[2], y[3], 0x88), _mm512_shuffle_f32x4(y[2], y[3], 0xdd));
   return {_mm512_add_ps(_mm512_shuffle_f32x4(low, high, 0x88), _mm512_shuffle_f32x4(low, high, 0xdd))};
+}
+SINKEXPORT_INLINE void transpose(Floats (&a)[16]) {
+  __m512 x[16], y[16];
+  for (int i = 0; i < 16; i += 2) {
+    x[i] = _mm512_unpacklo_ps(a[i].v, a[i + 1].v);
+    x[i + 1] = _mm512_unpackhi_ps(a[i].v, a[i + 1].v);
+  }
+  for (int i = 0; i < 16; i += 4) {  // 128 bits of y[i + j]: column j, 4 + j, 8 + j, 12 + j of four vectors
+    for (int j = 0; j < 2; ++j) {
+      const __m512d low = _mm512_castps_pd(x[i + j]), high = _mm512_castps_pd(x[i + 2 + j]);
+      y[i + 2 * j] = _mm512_castpd_ps(_mm512_unpacklo_pd(low, high));
+      y[i + 2 * j + 1] = _mm512_castpd_ps(_mm512_unpackhi_pd(low, high));
+    }
+  }
+  for (int j = 0; j < 4; ++j) {
+    const __m512 low = _mm512_shuffle_f32x4(y[j], y[4 + j], 0x88),
+                 high = _mm512_shuffle_f32x4(y[8 + j], y[12 + j], 0x88);
+    const __m512 next = _mm512_shuffle_f32x4(y[j], y[4 + j], 0xdd),
+                 last = _mm512_shuffle_f32x4(y[8 + j], y[12 + j], 0xdd);
+    a[j].v = _mm512_shuffle_f32x4(low, high, 0x88);
+    a[4 + j].v = _mm512_shuffle_f32x4(next, last, 0x88);
+    a[8 + j].v = _mm512_shuffle_f32x4(low, high, 0xdd);
+    a[12 + j].v = _mm512_shuffle_f32x4(next, last, 0xdd);
+  }
 }
 SINKEXPORT_INLINE Floats loadHalfPart(const uint16_t* from, int64_t n) {
   return {_mm512_cvtph_ps(_mm256_maskz_loadu_epi16(firstLanes(n), from))};
@@ -85,6 +110,15 @@ SINKEXPORT_INLINE Floats sumEach(const Floats (&a)[16]) {
 }
 #endif
 
+SINKEXPORT_INLINE void transpose(Floats (&a)[16]) {
+  float rows[16][16];
+  for (int i = 0; i < 16; ++i) store(rows[i], a[i]);
+  for (int i = 0; i < 16; ++i) {
+    float column[16];
+    for (int j = 0; j < 16; ++j) column[j] = rows[j][i];
+    a[i] = load(column);
+  }
+}
 SINKEXPORT_INLINE Floats roundEven(Floats a) {
   return toFloats(toInts(a));
 }
@@ -113,9 +147,6 @@ SINKEXPORT_INLINE Bytes packBf16(Floats first, Floats second) {
 }
 SINKEXPORT_INLINE void storeBf16(uint16_t* to, Floats a) {
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(a.v)));
-}
-SINKEXPORT_INLINE void storeBytes(void* to, Bytes a) {
-  _mm512_storeu_si512(to, a.v);
 }
 SINKEXPORT_INLINE Bytes broadcastPair(const void* from) {
   int32_t pair;

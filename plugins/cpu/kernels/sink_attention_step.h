@@ -120,7 +120,7 @@ inline void beginUnit(const SinkAttentionParams& p, const StreamCache& cache, co
   for (int64_t g = 0; g < group; ++g) {
     const float* q = normalisedQuery(p, b, kv_head * group + g, 0, of_row, work.normed);
     float *to = work.q + g * padded, *to_sink = work.sink_q + g * padded;
-    turnQuery(p, q, angles, factor, to, to_sink);
+    turnQuery(p, q, angles, factor, to, to_sink, p.num_sinks > 0);
     for (int64_t i = p.head_dim; i < padded; ++i) to[i] = to_sink[i] = 0.0f;
   }
   if (!writes) return;
@@ -215,7 +215,7 @@ inline void stepWorker(const SinkAttentionParams& p, const StepPlan& plan, int w
   const StepWork& work = plan.work[worker];
   Angles angles{work.cos, work.sin, work.sink_cos, work.sink_sin, work.shift_cos, work.shift_sin};
   for (int64_t b = 0, at = begin; b < p.batch && at < end; ++b) {
-    if (at < plan.stream_start[b + 1]) findAngles(p, b, 0, plan.streams[b].position, angles);
+    if (at < plan.stream_start[b + 1]) findAngles(p, b, 0, plan.streams[b].position, p.num_sinks > 0, angles);
     const int64_t start = plan.stream_start[b], keys = (plan.stream_start[b + 1] - start) / p.num_kv_heads;
     while (at < end && at < plan.stream_start[b + 1]) {
       const int64_t kv_head = (at - start) / keys, unit_start = start + kv_head * keys, unit_end = unit_start + keys;

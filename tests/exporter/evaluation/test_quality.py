@@ -220,6 +220,15 @@ def test_only_the_first_tokens_of_the_text_count(float_toy: Path, rounded_toy: P
     assert_figures(report.quality, expected(want, got, TOY_IDS[1:20]), 1e-4)
 
 
+def test_predictions_may_be_given(float_toy: Path, rounded_toy: Path) -> None:
+    rows = reference_logits(Toy(), TOY_IDS[:-1])
+    kept = Predictor("reference", "kept", len(rows), lambda: iter([Prediction(1, rows)]))
+    report, want = (verify_quality(rounded_toy, one, TOY_TEXT, threads=1) for one in (kept, str(float_toy)))
+    figures = {name: value for name, value in dataclasses.asdict(want.quality).items() if value is not None}
+    assert_figures(report.quality, figures, 1e-4)
+    assert (report.reference, report.passed) == ("kept", True)
+
+
 def test_stream_0_of_several_counts(float_toy: Path, rounded_toy: Path, tmp_path: Path) -> None:
     several = quantised(build_toy(tmp_path / "several", RoundedToy(batch=3, chunk_size=4)))
     found, want = (verify_quality(b, str(float_toy), TOY_TEXT, threads=1).quality for b in (several, rounded_toy))

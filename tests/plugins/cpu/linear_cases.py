@@ -14,7 +14,7 @@ from tests.plugins.cpu.packing import WEIGHT_TYPES, Weight, alternating, random_
 
 ACTIVATIONS = values("linear.h", "Activation", KERNELS)
 EPSILON = 1e-5
-ACTIVATION_GROUP = 64  # inputs that share a scale where all weights of an output do
+ACTIVATION_GROUP = 32  # inputs that share a scale where all weights of an output do
 ROUNDING = 2.0**-24  # of one float32 operation, relative
 
 

@@ -90,7 +90,23 @@ def test_a_row_has_the_same_bits_in_any_company(isa, form):
         assert np.array_equal(call.results, calls[0].results[: len(call.results)])
 
 
-def largest_sums(isa: str) -> tuple[list[Call], list[np.ndarray]]:
+@pytest.mark.parametrize("form", FORMATS, ids=lambda form: "-".join(map(str, form.values())))
+def test_a_row_has_the_same_bits_where_rows_and_inputs_take_several_turns(isa, form):
+    whole = Problem(Case(**form, rows=290, columns=1700, outputs=36, activation="silu", gated=True, bias=True))
+    calls = [whole.call(isa, threads=2)]
+    for first, rows in ((0, 1), (283, 7), (130, 40)):
+        call = whole.call(isa)
+        call.numbers["num_rows"] = rows
+        part = slice(first, first + rows)
+        call.arrays = {**call.arrays, "x": whole.x[part], "y": call.arrays["y"][part]}
+        calls.append(call)
+    run_here(calls)
+    for call, first in zip(calls[1:], (0, 283, 130), strict=True):
+        assert np.array_equal(call.results, calls[0].results[first : first + len(call.results)])
+    check(whole, calls[0].results)
+
+
+def largest_sums(isa: str, rows: int = 7) -> tuple[list[Call], list[np.ndarray]]:
     """Calls and what they give to the bit. Scales of 1 leave whole numbers, which float32 holds.
 
     Sums are as large as they can be: pairs of products would saturate 16 bits.
@@ -104,44 +120,48 @@ def largest_sums(isa: str) -> tuple[list[Call], list[np.ndarray]]:
         blocks = -(-columns // block_size) if block_size else 1
         zeros = rng.choice([0, 15], (outputs, blocks)) if has_zeros else None
         weight = int_weight(kind, values, np.ones((outputs, blocks)), zeros, block_size, np.float32)
-        x = rng.choice([-127.0, 127.0], (7, columns)).astype(np.float32)
+        x = rng.choice([-127.0, 127.0], (rows, columns)).astype(np.float32)
         x[0], x[1] = 127, -127
         whole, scales, _ = quantised(x, block_size)
         assert (scales == 1).all()
         assert np.array_equal(whole, x)
         arrays = {"weight": weight.packed, "scale": weight.packed_scales, "zero_point": weight.packed_zeros}
-        y = np.full((7, outputs), np.nan, np.float32)
+        y = np.full((rows, outputs), np.nan, np.float32)
         calls.append(
-            Call("linear", Case(kind, 7, columns, outputs, block_size).numbers, {**arrays, "x": x, "y": y}, isa)
+            Call("linear", Case(kind, rows, columns, outputs, block_size).numbers, {**arrays, "x": x, "y": y}, isa)
         )
         results.append((x.astype(np.int64) @ weight.whole.T).astype(np.float32))
     return calls, results
 
 
-def test_integer_sums_are_exact_at_their_largest(isa):
-    calls, results = largest_sums(isa)
+@pytest.mark.parametrize("rows", [7, 31])
+def test_integer_sums_are_exact_at_their_largest(isa, rows):
+    calls, results = largest_sums(isa, rows)
     run_here(calls)
     for call, result in zip(calls, results, strict=True):
         assert np.array_equal(call.results, result)
 
 
-def test_zeros_stay_zeros_and_extremes_finite(isa):
-    task = Problem(Case("int4", 3, 64, 16, 32))
+@pytest.mark.parametrize("times", [1, 10])
+def test_zeros_stay_zeros_and_extremes_finite(isa, times):
+    task = Problem(Case("int4", 3 * times, 64, 16, 32))
     call = task.call(isa)
-    call.arrays["x"] = np.stack([np.zeros(64), np.full(64, 1e-42), np.full(64, 1e30)]).astype(np.float32)
+    rows = [np.zeros(64), np.full(64, 1e-42), np.full(64, 1e30)]
+    call.arrays["x"] = np.stack(rows * times).astype(np.float32)
     run_here([call])
-    assert (call.results[0] == 0).all()
+    assert (call.results[::3] == 0).all()
     assert np.isfinite(call.results).all()
 
 
 @pytest.mark.parametrize("form", FORMATS, ids=lambda form: "-".join(map(str, form.values())))
-def test_what_is_not_a_number_spoils_its_row_alone(isa, form):
-    task = Problem(Case(**form, rows=8, columns=100, outputs=16))
+@pytest.mark.parametrize("rows", [8, 30])
+def test_what_is_not_a_number_spoils_its_row_alone(isa, rows, form):
+    task = Problem(Case(**form, rows=rows, columns=100, outputs=16))
     clean, spoilt = task.call(isa), task.call(isa)
     spoilt.arrays["x"] = task.x.copy()
     spoilt.arrays["x"][[1, 4, 6], [0, 99, 50]] = np.nan, np.inf, np.nan
     run_here([clean, spoilt])
-    for row in range(8):
+    for row in range(rows):
         if row in {1, 4, 6}:
             assert not np.isfinite(spoilt.results[row]).any()
         else:
