@@ -443,6 +443,14 @@ def with_engine(bundle: Path, **changes: Any) -> Manifest:
     return Manifest.from_json(json.dumps({**raw, "engines": {"decode": facts}}))
 
 
+def test_a_bundle_of_another_plugin_abi_is_not_built(tmp_path: Path) -> None:
+    exported(wide_model("qwen2"), tmp_path / "b", target="tensorrt", chunk_size=1)
+    manifest = tmp_path / "b" / "manifest.json"
+    manifest.write_text(json.dumps({**json.loads(manifest.read_text()), "plugin_abi": "4"}))
+    with pytest.raises(UsageError, match="plugin ABI 4, expected plugin ABI 5; export the model again"):
+        build_bundle(tmp_path / "b", BuildOptions(tmp_path / "plugin.so"))
+
+
 def test_an_engine_that_does_not_fit_is_refused_with_the_reason(tmp_path: Path) -> None:
     import hashlib
 
