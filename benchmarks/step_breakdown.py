@@ -25,11 +25,12 @@ from typing import Any
 from unittest import mock
 
 import numpy as np
-import onnx
+import onnx_ir as ir
 import onnxruntime as ort
 from harness import check_json, environment, peak_memory_mb, proportional_mb, table, where, write_json
 from sinkexport.bench.machine import physical_cores
 from sinkexport.bench.timing import Stats
+from sinkexport.util.node_fields import read_fields
 from sinkrt import Session
 from sinkrt.contract import Manifest, load_manifest
 
@@ -105,11 +106,11 @@ def profiled_ms(profile: Path, steps: int) -> dict[tuple[str, str], float]:
 def kinds(file: Path) -> dict[str, str]:
     """What each node of a graph is: its operator, and of matmuls of the CPU library their sizes."""
     found = {}
-    for node in onnx.load(str(file), load_external_data=False).graph.node:
-        fields = {a.name: onnx.helper.get_attribute_value(a) for a in node.attribute}
+    for node in ir.load(file).graph:
+        fields = read_fields(node)
         sizes = [str(fields[name]) for name in ("in_features", "out_features") if name in fields]
         gated = " gated" if fields.get("gated") else ""
-        found[node.name] = f"{node.op_type} {' x '.join(sizes)}{gated}".strip()
+        found[str(node.name)] = f"{node.op_type} {' x '.join(sizes)}{gated}".strip()
     return found
 
 

@@ -74,15 +74,6 @@ class StreamCopy:
         """Bytes held."""
         return sum(a.nbytes for a in (*self.states.values(), self.recent_ids, self.logits))
 
-    def without_empty_rows(self, windows: frozenset[str]) -> StreamCopy:
-        """The copy without the rows of window rings that no token has been written to. windows: `window_states`."""
-        rows = self.position  # a token less than that for each sink: it does not matter
-        states = {
-            name: state[:, :rows].copy() if name in windows and rows < state.shape[1] else state
-            for name, state in self.states.items()
-        }
-        return dataclasses.replace(self, states=states, shortened=windows)
-
 
 @dataclasses.dataclass(frozen=True)
 class _Drafts:
@@ -270,13 +261,20 @@ class GraphRunner:
             state[chosen] = 0
         table.release(chosen)
 
-    def copy_stream(self, stream: int) -> StreamCopy:
-        """Copy one stream out."""
+    def copy_stream(self, stream: int, windows: frozenset[str] = frozenset()) -> StreamCopy:
+        """Copy one stream out. windows: states that are copied without rows that no token has been written to."""
+        position = int(self._table.position[stream])
+
+        def rows(name: str, state: StateArray) -> np.ndarray:
+            one: np.ndarray = state[stream]
+            return one[:, :position].copy() if name in windows else one.copy()
+
         return StreamCopy(
-            states={name: state[stream].copy() for name, state in self.backend.states.items()},
-            position=int(self._table.position[stream]),
+            states={name: rows(name, state) for name, state in self.backend.states.items()},
+            position=position,
             recent_ids=self._table.recent_ids[stream].copy(),
             logits=self.backend.logits[stream].copy(),
+            shortened=windows,
         )
 
     def place_stream(self, stream: int, copy: StreamCopy) -> None:

@@ -9,7 +9,7 @@ import numpy.typing as npt
 
 from sinkrt.conversation import Conversation, IdHistory
 from sinkrt.conversation_folder import ConversationFolder
-from sinkrt.graph_runner import StreamCopy, window_states
+from sinkrt.graph_runner import StreamCopy
 from sinkrt.prefix_store import PrefixStore
 from sinkrt.session import Session
 
@@ -28,7 +28,6 @@ class Keeper:
     ) -> None:
         self._session, self._prefixes, self._folder = session, prefixes, folder
         self._save_every = save_every
-        self._windows = window_states(session.manifest)
 
     def longest(self, owner: str, ids: npt.NDArray[np.int64]) -> int:
         """Number of first ids that a new conversation of `owner` need not be fed. ids: int64 [N]."""
@@ -59,7 +58,7 @@ class Keeper:
         count = conversation.history.count
         if self._prefixes is not None and count in conversation.boundaries:
             conversation.boundaries.remove(count)
-            copy = self._session.copy_stream(conversation.the_stream)
+            copy = self._session.copy_stream(conversation.the_stream, used_rows=True)
             self._prefixes.keep(conversation.owner, conversation.history, copy)
         if count - conversation.saved_at >= self._save_every:
             self.save(conversation)
@@ -71,12 +70,12 @@ class Keeper:
         if self._folder is None or not conversation.lasting or not (rest.size or count != conversation.saved_at):
             return
         if conversation.stream is not None:
-            copy = self._session.copy_stream(conversation.stream)
+            copy = self._session.copy_stream(conversation.stream, used_rows=True)
         elif conversation.copy is not None:
             copy = conversation.copy
         else:
             return  # it has taken nothing
-        self._folder.save(conversation.name, copy.without_empty_rows(self._windows), rest.copy())
+        self._folder.save(conversation.name, copy, rest.copy())
         conversation.saved_at = count
 
     def has(self, name: str) -> bool:

@@ -18,7 +18,7 @@ import numpy.typing as npt
 from sinkrt.contract import Manifest
 from sinkrt.conversation import IdHistory, starts
 from sinkrt.errors import UsageError, problem
-from sinkrt.graph_runner import StreamCopy, window_states
+from sinkrt.graph_runner import StreamCopy
 from sinkrt.prefix_folder import PrefixFolder
 
 MIN_PREFIX_TOKENS = 64
@@ -51,11 +51,10 @@ class PrefixStore:
     Raises: UsageError.
     """
 
-    def __init__(self, manifest: Manifest, max_bytes: int, folder: PrefixFolder | None = None) -> None:
+    def __init__(self, max_bytes: int, folder: PrefixFolder | None = None) -> None:
         if max_bytes < 0:
             raise UsageError(problem("max_bytes", received=max_bytes, expected=">= 0", fix="raise it"))
         self._max_bytes, self._folder = max_bytes, folder
-        self._windows = window_states(manifest)
         self._kept: collections.OrderedDict[Key, tuple[int, StreamCopy]] = collections.OrderedDict()  # by count
         self._num_bytes = 0
         self._prompts: collections.OrderedDict[Key, npt.NDArray[np.int32]] = collections.OrderedDict()
@@ -99,7 +98,6 @@ class PrefixStore:
     def keep(self, owner: str, history: IdHistory, copy: StreamCopy) -> None:
         """Keep the copy of a stream that has taken what `history` says; nothing if it is larger than all the memory."""
         key = Key(owner, history.digest())
-        copy = copy.without_empty_rows(self._windows)
         if self._folder is not None:
             self._folder.keep(owner, key.digest, copy)
         self._add(key, copy)
@@ -155,9 +153,7 @@ def open_prefix_store(manifest: Manifest, max_bytes: int, folder: Path | None, m
 
     Raises: UsageError if the folder cannot be used.
     """
-    return PrefixStore(
-        manifest, max_bytes, None if folder is None else PrefixFolder(folder, manifest, max_folder_bytes)
-    )
+    return PrefixStore(max_bytes, None if folder is None else PrefixFolder(folder, manifest, max_folder_bytes))
 
 
 def _common_start(ids: npt.NDArray[np.int64], other: npt.NDArray[np.int32]) -> int:

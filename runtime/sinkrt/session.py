@@ -30,7 +30,7 @@ from sinkrt.contract import Manifest, check_files, load_manifest
 from sinkrt.errors import UsageError, problem
 from sinkrt.generate import check_batch, generate
 from sinkrt.grammar import GrammarCompiler, grammar_of
-from sinkrt.graph_runner import GraphRunner, StreamCopy, smallest_chunk
+from sinkrt.graph_runner import GraphRunner, StreamCopy, smallest_chunk, window_states
 from sinkrt.rewind import Rewinder
 from sinkrt.sampler import SamplingParams
 from sinkrt.speculate import Speculation, load_speculation
@@ -332,13 +332,15 @@ class Session:
         chosen = self._table.chosen(streams, damaged=True)
         self._loaded().reset(chosen)
 
-    def copy_stream(self, stream: int) -> StreamCopy:
+    def copy_stream(self, stream: int, *, used_rows: bool = False) -> StreamCopy:
         """Copy one stream out, to go on with later in any stream of this bundle.
+
+        used_rows: leave out the rows of the windows that no token has been written to.
 
         Raises: UsageError for an unknown stream; StateError for one that an error has cut short.
         """
         (stream,) = self._table.chosen([stream])
-        return self._loaded().copy_stream(stream)
+        return self._loaded().copy_stream(stream, window_states(self._manifest) if used_rows else frozenset())
 
     def place_stream(self, stream: int, copy: StreamCopy) -> None:
         """Let `stream` go on where `copy` was taken, with the very same bits; what it held is forgotten.
