@@ -56,7 +56,7 @@ __device__ __forceinline__ Piece<Half> normed(const Piece<Half>& piece, float fa
   return result;
 }
 
-// Which pieces of which tokens a thread takes: warps share a token where there are more of them than tokens.
+// The pieces and tokens that a thread takes: warps share a token where there are more of them than tokens.
 template <int kWarps>
 struct TokenShare {
   static_assert(kWarps == 4 || kWarps == 8, "tokens have as many warps each");

@@ -22,7 +22,7 @@ TILE = 16
 Sums = tuple[np.ndarray, np.ndarray]
 """Numbers, and how far each may be off; both float64 of one shape."""
 Matmul = Callable[[np.ndarray, np.ndarray, dict[str, Any]], Sums]
-"""Of x float64 [.., K], matrix float64 [N, K], and the node's fields."""
+"""Function of x float64 [.., K], matrix float64 [N, K], and the node's fields."""
 STEEPEST = 1.13
 """The most that silu, both gelu and their like change by for a change of 1."""
 

@@ -16,11 +16,11 @@ from tests.exporter.graph.shown_bundle import Shown
 from tests.plugins.cpu.linear_cases import quantised
 
 ULP = 2.0**-24
-"""Of one float32 operation, relative."""
+"""Relative error of one float32 operation."""
 NORM = 2.0**-20
-"""Of a normed value of x in float32, relative: sums of squares, a root, a division, two multiplications."""
+"""Relative error of a normed value of x in float32: sums of squares, a root, a division, two multiplications."""
 FUNCTION = 2.0**-20
-"""Of an activation in float32: exp and erf by polynomials."""
+"""Relative error of an activation in float32: exp and erf by polynomials."""
 
 
 def judged(node: Shown) -> float:

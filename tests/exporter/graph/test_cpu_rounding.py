@@ -72,7 +72,7 @@ def isas_here() -> list[str]:
 
 
 def fields_of(family: str, recipe: str | None) -> dict[str, Any]:
-    """Of the export."""
+    """Fields of the export's config."""
     size = SHORT_WINDOWS.get(family, GEOMETRY["chunk_size"])
     recipes = {} if recipe is None else {"recipe": load_recipe(recipe)}
     return {**GEOMETRY, "chunk_size": size, **recipes}

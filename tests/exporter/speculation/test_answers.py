@@ -275,3 +275,16 @@ def test_bench_with_guesses(bundle: TinyBundle, tmp_path: Path) -> None:
     assert "times as fast on texts that repeat" in found.out
     assert '"tokens_per_step"' in (tmp_path / "figures.json").read_text()
     run_cli(*run, "--warmup", 2).refusal("--warmup", "--speculate")
+
+
+@pytest.mark.parametrize("options", [{}, SAMPLED], ids=["greedy", "sampled"])
+@pytest.mark.parametrize("form", [{"regex": "(?s:.*)"}, {"regex": "[^e]*"}], ids=["any", "without-e"])
+def test_answers_that_match_a_form_are_the_same_too(
+    session: Session, form: dict[str, str], options: dict[str, Any]
+) -> None:
+    ids = answer_of(session, PROMPT, 60, **form, **options)
+    wanted = plain(session, PROMPT, max_tokens=60, ignore_eos=True, **form, **options)
+    speculation = with_drafter(session, ids)
+    assert plain(session, PROMPT, max_tokens=60, ignore_eos=True, speculate="ngram", **form, **options) == wanted
+    assert speculation.tally.accepted > 10
+    assert form["regex"] != "[^e]*" or "e" not in "".join(wanted[0])
