@@ -90,9 +90,12 @@ class ConversationRunner:
 
     def _fork(self, leader: Conversation) -> None:
         """Let the siblings of a conversation, which has just taken its prompt, go on from a copy of its stream."""
-        copy = self._session.copy_stream(leader.the_stream)
+        try:
+            copy = self._session.copy_stream(leader.the_stream)
+        except SinkError:  # the leader's answer shows it; each of the others is fed the prompt by itself
+            copy = None
         for sibling in leader.end_siblings():
-            if self._slots.park(sibling, copy):
+            if copy is not None and self._slots.park(sibling, copy):
                 sibling.history = leader.history.copy()
                 sibling.fed = int(sibling.pending.size)
             self._slots.enter(sibling)

@@ -9,6 +9,7 @@ import numpy.typing as npt
 
 from sinkrt.conversation import Conversation, IdHistory
 from sinkrt.conversation_folder import ConversationFolder
+from sinkrt.errors import SinkError
 from sinkrt.graph_runner import StreamCopy
 from sinkrt.prefix_store import PrefixStore
 from sinkrt.session import Session
@@ -58,8 +59,8 @@ class Keeper:
         count = conversation.history.count
         if self._prefixes is not None and count in conversation.boundaries:
             conversation.boundaries.remove(count)
-            copy = self._session.copy_stream(conversation.the_stream, used_rows=True)
-            self._prefixes.keep(conversation.owner, conversation.history, copy)
+            if (copy := self._whole(conversation.the_stream)) is not None:
+                self._prefixes.keep(conversation.owner, conversation.history, copy)
         if count - conversation.saved_at >= self._save_every:
             self.save(conversation)
 
@@ -67,16 +68,23 @@ class Keeper:
         """Save a lasting conversation whose stream, or the rest of whose prompt, is not what was saved."""
         rest = conversation.pending[conversation.fed :]
         count = conversation.history.count
-        if self._folder is None or not conversation.lasting or not (rest.size or count != conversation.saved_at):
+        if self._folder is None or not conversation.lasting:
             return
-        if conversation.stream is not None:
-            copy = self._session.copy_stream(conversation.stream, used_rows=True)
-        elif conversation.copy is not None:
-            copy = conversation.copy
-        else:
-            return  # it has taken nothing
+        if not rest.size and count == conversation.saved_at and not self._folder.has_failed(conversation.name):
+            return
+        copy = conversation.copy if conversation.stream is None else self._whole(conversation.stream)
+        if copy is None:
+            return  # it has taken nothing, or its numbers are none
         self._folder.save(conversation.name, copy, rest.copy())
         conversation.saved_at = count
+
+    def _whole(self, stream: int) -> StreamCopy | None:
+        """A copy of a stream; None if its numbers are none, which shows as an error where it is used next."""
+        try:
+            copy = self._session.copy_stream(stream, used_rows=True)
+        except SinkError:
+            return None
+        return copy if np.isfinite(copy.logits).all() else None
 
     def has(self, name: str) -> bool:
         """Whether a conversation was saved."""

@@ -267,6 +267,10 @@ class Scheduler:
         self._conversations.touch(found[0])
         return True
 
+    def is_kept(self, name: str) -> bool:
+        """Whether a conversation is remembered, here or in the folder."""
+        return name in self._conversations or self._keeper.has(name)
+
     def delete(self, name: str) -> None:
         """Drop a conversation, at work or not, and what is saved of it. An unknown one is none."""
         if name in self._conversations:

@@ -11,9 +11,15 @@ import logging
 import os
 import re
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 import numpy.typing as npt
+
+try:
+    import fcntl
+except ImportError:  # Windows: nobody is kept out
+    fcntl = None  # type: ignore[assignment]
 
 from sinkrt.contract import Manifest
 from sinkrt.errors import StateError, UsageError, problem
@@ -22,6 +28,7 @@ from sinkrt.graph_runner import StreamCopy
 from sinkrt.stream_file import read_stream, save_stream
 
 FINGERPRINT_CHARS = 16
+LOCK_NAME = ".lock"
 logger = logging.getLogger("sinkrt")
 
 
@@ -37,6 +44,7 @@ class StreamFolder:
         if max_bytes < 1:
             raise UsageError(problem("max_bytes", received=max_bytes, expected=">= 1", fix="raise it"))
         self._manifest, self._max_bytes, self._pattern, self._what = manifest, max_bytes, pattern, what
+        self._lock: BinaryIO | None = None
         self._folder = root / manifest.fingerprint[:FINGERPRINT_CHARS]
         try:
             self._folder.mkdir(parents=True, exist_ok=True, mode=0o700)
@@ -51,6 +59,32 @@ class StreamFolder:
                     fix="choose another",
                 )
             ) from error
+
+    def claim(self) -> None:
+        """Keep other processes out, for as long as this one lives.
+
+        Raises: UsageError if another one is there.
+        """
+        if fcntl is None:
+            return
+        self._lock = (self._folder / LOCK_NAME).open("wb")
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            self._lock.close()
+            raise UsageError(
+                problem(
+                    f"folder for {self._what}",
+                    received=f"'{self._folder}', which another process uses",
+                    expected="one of its own",
+                    fix="choose another, or end that process",
+                )
+            ) from None
+
+    def release(self) -> None:
+        """Let others in again."""
+        if self._lock is not None:
+            self._lock.close()
 
     @property
     def names(self) -> list[str]:
@@ -84,14 +118,14 @@ class StreamFolder:
         """
         file = self._folder / name
         try:
+            if copy.nbytes > self._max_bytes:
+                raise OSError(f"it takes {copy.nbytes} bytes, more than all may")
             for oldest in self._by_age():
-                others = sum(size for other, size in self._sizes.items() if other != name)
+                others = sum(size for other, size in list(self._sizes.items()) if other != name)
                 if others + copy.nbytes <= self._max_bytes:
                     break
                 if oldest.name != name:
                     self.remove(oldest.name)
-            if copy.nbytes > self._max_bytes:
-                raise OSError(f"it takes {copy.nbytes} bytes, more than all may")
             save_stream(file, self._manifest, copy, pending)
             self._sizes[name] = file.stat().st_size
         except OSError as error:

@@ -9,6 +9,7 @@ import collections
 from collections.abc import Callable, Iterable
 
 from sinkrt.conversation import Conversation
+from sinkrt.errors import SinkError
 from sinkrt.graph_runner import StreamCopy
 from sinkrt.session import Session
 
@@ -129,7 +130,13 @@ class StreamSlots:
             if idle[0] is owner:
                 return stream
         if owner.history.count:  # else there is nothing to keep
-            owner.copy = self._session.copy_stream(stream)
+            try:
+                owner.copy = self._session.copy_stream(stream)
+            except SinkError:  # an error has cut it short: one at work shows that itself, when it is fed next
+                if owner.has_work:
+                    return None
+                self._forget(owner)
+                return stream
             self._num_parked += 1
         owner.stream = None
         self._owners[stream] = None

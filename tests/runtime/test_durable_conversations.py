@@ -6,15 +6,18 @@ import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pytest
 from sinkrt import Session, UsageError
 from sinkrt.answer import AnswerParams
 from sinkrt.conversation_folder import MAX_WAITING, ConversationFolder
+from sinkrt.prefix_store import open_prefix_store
 from sinkrt.sampler import SamplingParams
 from sinkrt.scheduler import Scheduler
 
+from tests.runtime.faults import load_faulty
 from tests.runtime.toy import Toy, build_toy, toy_ids
 
 MIB = 2**20
@@ -160,14 +163,14 @@ def test_files_stay_within_their_bounds(session: Session, tmp_path: Path) -> Non
     first = scheduler_of(session, tmp_path)
     say(first, "c0", toy_ids(30))
     settled(first)
-    (file,) = tmp_path.glob("*/*")
+    (file,) = tmp_path.glob("*/*.safetensors")
     size = file.stat().st_size
     for i in range(1, 6):
         scheduler = Scheduler(session, folder=ConversationFolder(tmp_path, session.manifest, 3 * size))
         say(scheduler, f"c{i}", toy_ids(30))
         settled(scheduler)
         time.sleep(0.01)  # ages differ
-        assert sum(file.stat().st_size for file in tmp_path.glob("*/*")) <= 3 * size
+        assert sum(file.stat().st_size for file in tmp_path.glob("*/*.safetensors")) <= 3 * size
     again = Scheduler(session, folder=ConversationFolder(tmp_path, session.manifest, 3 * size))
     assert again.recall("c5")
     assert not again.recall("c0")
@@ -188,12 +191,12 @@ def test_a_damaged_file_is_dropped(session: Session, tmp_path: Path, caplog: pyt
     first = scheduler_of(session, tmp_path)
     say(first, "ada", toy_ids(5))
     settled(first)
-    (file,) = tmp_path.glob("*/*")
+    (file,) = tmp_path.glob("*/*.safetensors")
     file.write_bytes(file.read_bytes()[:-9])
     again = scheduler_of(session, tmp_path)
     assert not again.recall("ada")
     assert "conversations: stream file: received" in caplog.text
-    assert not list(tmp_path.glob("*/*"))
+    assert not list(tmp_path.glob("*/*.safetensors"))
     settled(again)
 
 
@@ -223,4 +226,71 @@ def test_many_threads_save_read_and_remove(session: Session, tmp_path: Path) -> 
         thread.join(60)
     folder.close()
     assert not errors
-    assert not list(tmp_path.glob("*/*"))
+    assert not list(tmp_path.glob("*/*.safetensors"))
+
+
+def test_a_conversation_that_is_too_large_takes_no_others_along(session: Session, tmp_path: Path) -> None:
+    first = scheduler_of(session, tmp_path)
+    say(first, "ada", toy_ids(5))
+    settled(first)
+    (file,) = tmp_path.glob("*/*.safetensors")
+    folder = ConversationFolder(tmp_path, session.manifest, file.stat().st_size // 4)
+    second = Scheduler(session, folder=folder)
+    say(second, "bob", toy_ids(5))
+    settled(second)
+    assert list(tmp_path.glob("*/*.safetensors")) == [file]
+
+
+def test_what_could_not_be_written_is_written_the_next_time(
+    session: Session, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scheduler = scheduler_of(session, tmp_path)
+    for error in (OSError(28, "no space"), MemoryError()):
+        with monkeypatch.context() as patch:
+            patch.setattr("sinkrt.stream_folder.save_stream", mock.Mock(side_effect=error))
+            say(scheduler, "ada", toy_ids(5))
+            scheduler._keeper._folder.read("ada")  # waits for the writer
+            assert scheduler._keeper._folder.has_failed("ada")
+    scheduler.close()
+    again = scheduler_of(session, tmp_path)
+    assert again.recall("ada")
+    assert again.position("ada") == 20
+    settled(again)
+
+
+def test_another_process_is_kept_out(session: Session, tmp_path: Path) -> None:
+    first = ConversationFolder(tmp_path, session.manifest, MIB)
+    with pytest.raises(UsageError, match="which another process uses"):
+        ConversationFolder(tmp_path, session.manifest, MIB)
+    first.close()
+    ConversationFolder(tmp_path, session.manifest, MIB).close()
+
+
+@pytest.mark.parametrize("name", ["ada", "bob"])
+def test_numbers_that_are_none_are_neither_saved_nor_shared(bundle: Path, tmp_path: Path, name: str) -> None:
+    """What overflows fails alone: others go on, and the conversation from its last save."""
+    session, backend = load_faulty(bundle)
+    with session:
+        store = open_prefix_store(session.manifest, MIB, tmp_path / "prefixes", MIB)
+        folder = ConversationFolder(tmp_path / "saved", session.manifest, MIB)
+        scheduler = Scheduler(session, prefixes=store, folder=folder, save_every=4)
+        say(scheduler, "ada", toy_ids(9))
+        position = scheduler.position("ada")
+
+        def overflow(stream: int, ids: np.ndarray, at: int) -> None:
+            backend.real.run_chunk(stream, ids, at)
+            backend.real.logits[stream] = np.nan
+
+        backend.run_chunk = overflow
+        params = AnswerParams(max_tokens=3, ignore_eos=True)
+        scheduler.submit(name, toy_ids(90, seed=2), SamplingParams(), params, lasting=True, opening=80)
+        events = []
+        while scheduler.has_work:
+            events += scheduler.step()
+        assert [event.finish_reason for event in events if event.finish_reason] == ["error"]
+        del backend.run_chunk
+        assert len(store) == 0
+        assert scheduler.recall("ada")
+        assert scheduler.position("ada") == position
+        say(scheduler, "ada", toy_ids(3))
+        settled(scheduler)

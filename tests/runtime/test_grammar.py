@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
 import sys
@@ -43,10 +44,11 @@ PERSON = {
     "required": ["name", "age"],
     "additionalProperties": False,
 }
+CHAIN = {str(i): {"$ref": f"#/$defs/{i + 1}"} for i in range(1000)} | {"1000": {"type": "null"}}
 SCHEMAS = [
     PERSON,
     {"type": "array", "prefixItems": [{"const": "x\n"}, {"$ref": "#/$defs/n"}], "items": False, "minItems": 2}
-    | {"$defs": {"n": {"type": "number", "exclusiveMinimum": -2, "maximum": 7.5}}},
+    | {"$defs": {"n": {"type": "number", "minimum": -2, "maximum": 7.5}}},
     {"anyOf": [{"type": "string", "format": "date"}, {"type": "integer", "multipleOf": 7}]},
     {"oneOf": [{"type": "boolean"}, {"type": "string", "minLength": 2, "maxLength": 3}]},
     {"allOf": [{"properties": {"a": {"type": "integer", "minimum": 3}}, "required": ["a"]}]}
@@ -158,6 +160,9 @@ def test_choices(compiler: GrammarCompiler) -> None:
         ({"x-guidance": {"lenient": True}, "not": {}}, "Unimplemented"),
         ({"type": "object", "minProperties": 2}, "'minProperties' above the number of required ones"),
         ({"properties": {"a": {"type": "integer", "minimum": 1, "exclusiveMinimum": True}}}, "as in draft 4"),
+        ({"type": "number", "exclusiveMinimum": 0, "maximum": 0.5}, "'exclusiveMinimum' of numbers"),
+        ({"exclusiveMaximum": 3}, "'exclusiveMaximum' of numbers"),
+        ({"$ref": "#/$defs/0", "$defs": CHAIN}, "1001 references, expected at most 1000"),
         ({"anyOf": [{"disallow": "string"}]}, "draft 3"),
         ({"$schema": "http://json-schema.org/draft-03/schema#"}, "$schema"),
         ({"enum": []}, "Unsatisfiable"),
@@ -441,3 +446,24 @@ def test_no_thread_is_left(bundle: Path) -> None:
     while any(thread.name.startswith("sinkrt-grammar") for thread in set(threading.enumerate()) - before):
         assert time.monotonic() < end
         time.sleep(0.01)
+
+
+def test_long_chains_of_rules_and_references_do_not_end_the_process(compiler: GrammarCompiler) -> None:
+    rules = "start: r0\n" + "".join(f"r{i}: r{i + 1}\n" for i in range(6000)) + 'r6000: "a"\n'
+    compiler.compile(Grammar.of_text(rules))
+    arrays = {str(i): {"type": "array", "items": {"$ref": f"#/$defs/{i + 1}"}} for i in range(999)}
+    with contextlib.suppress(UsageError):  # or one that takes too much
+        compiler.compile(Grammar.of_schema({"$ref": "#/$defs/0", "$defs": {**arrays, "999": {"type": "null"}}}))
+
+
+def test_a_grammar_is_built_anew_after_many_tokens(compiler: GrammarCompiler, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sinkrt.grammar.compiler.RENEWAL_TOKENS", 5)
+    grammar = Grammar.of_regex("[a-z]*")
+    first = compiler.compile(grammar)
+    matcher = first.matcher([])
+    for _ in range(5):
+        assert compiler.compile(grammar) is first
+        matcher.take(ord("a"))
+    assert compiler.compile(grammar) is not first
+    matcher.take(ord("a"))
+    assert matcher.allowed() is not None, "answers that have begun go on"

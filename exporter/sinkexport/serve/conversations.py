@@ -115,8 +115,11 @@ class Conversations:
 
         Raises: ApiError if it is unknown or at work.
         """
-        key = self._existing(owner, name)
-        self.begun(owner, name)
+        key = named(owner, name)
+        if not self._scheduler.is_kept(key):
+            raise _unknown(name)
+        if key in self._scheduler:
+            self.begun(owner, name)
         self._scheduler.delete(key)
 
     def position(self, owner: str, name: str) -> tuple[int, bool]:
@@ -131,9 +134,7 @@ class Conversations:
         """The scheduler's name of a named conversation. Raises: ApiError if there is none."""
         key = named(owner, name)
         if not self._recalled(key):
-            raise ApiError(
-                404, f"conversation '{name}' does not exist", param="conversation", code="conversation_not_found"
-            )
+            raise _unknown(name)
         return key
 
     def _recalled(self, key: str) -> bool:
@@ -173,6 +174,10 @@ class Conversations:
 
     def _new(self, owner: str) -> str:
         return f"{plain(owner)}{next(self._numbers)}"
+
+
+def _unknown(name: str) -> ApiError:
+    return ApiError(404, f"conversation '{name}' does not exist", param="conversation", code="conversation_not_found")
 
 
 def named(owner: str, name: str) -> str:

@@ -22,16 +22,19 @@ MAX_OPENINGS = 64
 
 
 class Openings:
-    """Finds openings. encode: ids of a chat with these variables of the template. Threads may share one."""
+    """Finds openings. Threads may share one.
 
-    def __init__(self, encode: Callable[[ChatPrompt, Mapping[str, Any]], list[int]]) -> None:
-        self._encode = encode
+    encode: ids of a chat with these variables of the template. max_ids: of a chat; longer ones are refused elsewhere.
+    """
+
+    def __init__(self, encode: Callable[[ChatPrompt, Mapping[str, Any]], list[int]], max_ids: int) -> None:
+        self._encode, self._max_ids = encode, max_ids
         self._known: collections.OrderedDict[str, list[int]] = collections.OrderedDict()
         self._lock = threading.Lock()
 
     def size(self, ids: list[int], prompt: ChatPrompt, args: Mapping[str, Any]) -> int:
         """Number of first ids of a chat that belong to its opening; 0 where that is too short to matter."""
-        if len(ids) <= MIN_PREFIX_TOKENS:
+        if not MIN_PREFIX_TOKENS < len(ids) <= self._max_ids:
             return 0
         rest = [message["role"] in OPENING_ROLES for message in prompt.messages]
         count = rest.index(False) if False in rest else len(rest)

@@ -62,6 +62,7 @@ class Prompts:
         require_pinned: Callable[..., None] | None,
         grammars: GrammarCompiler,
         stopping: Callable[[], bool],
+        max_tokens: int,
     ) -> None:
         self._tokenizer = tokenizer
         self._template_args = template_args
@@ -70,7 +71,7 @@ class Prompts:
         self._grammars = grammars
         self._stopping = stopping
         self._noted = False
-        self._openings = Openings(lambda prompt, args: self._chat_ids(prompt, args, True))
+        self._openings = Openings(lambda prompt, args: self._chat_ids(prompt, args, True), max_tokens)
         # Threads of their own: a chat template that takes long holds up no other kind of request.
         self._threads = ThreadPoolExecutor(CHAT_THREADS, "sinkexport-chat")
 

@@ -76,6 +76,7 @@ class Server:
             session.require_pinned if pin_system else None,
             session.grammars,
             lambda: self._uvicorn.should_exit,
+            limits.max_prompt_tokens,
         )
         self.app = create_app(
             self.decode_loop,

@@ -98,7 +98,8 @@ void Node::readFields() {
   if (bytes == 0 || !api_.succeeds<KernelInfoGetAttributeString>(info_, kFields, value.data(), &bytes)) {
     refuse(kFields, "nothing", "the node's fields");
   }
-  value.resize(std::strlen(value.c_str()));
+  if (std::strlen(value.c_str()) + 1 != bytes) refuse(kFields, "a text with a zero byte in it", "one without");
+  value.resize(bytes - 1);  // its end
   std::istringstream all(value);
   for (std::string one; std::getline(all, one, ',');) {
     const size_t end = std::min(one.find('='), one.size());

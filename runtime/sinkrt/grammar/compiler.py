@@ -21,8 +21,13 @@ from sinkrt.text import Tokenizer
 
 BUILD_S = 10.0
 """Longest time to build a grammar."""
-MAX_CACHED = 32
+MAX_CACHED = 8
 """Grammars that are kept, the last ones asked for."""
+RENEWAL_TOKENS = 8192
+"""Tokens of answers after which a grammar is built anew: all answers share the states that llguidance makes on the way,
+of which there may be `max_lexer_states`, and lets go of none."""
+STACK_BYTES = 256 * 2**20
+"""Of the threads in which grammars are built and followed: llguidance descends into rules by calls within calls."""
 TRIED_TOKENS = 4
 """Tokens for which a grammar is followed before it is used."""
 LIMITS = {
@@ -34,6 +39,9 @@ LIMITS = {
     "max_grammar_size": 200_000,
     "verbose_errors": False,  # they would show the grammar
 }
+
+
+_STACKS = threading.Lock()
 
 
 def require_library() -> Any:
@@ -57,16 +65,19 @@ def require_library() -> Any:
 class CompiledGrammar:
     """A grammar ready for the tokenizer of one model. Make one with `GrammarCompiler.compile`.
 
-    max_tokens: of an answer under it.
+    max_tokens: of an answer under it. num_tokens: taken by all answers under it.
     """
 
     def __init__(self, native: Any, vocab_size: int, thread: ThreadPoolExecutor, max_tokens: int) -> None:
         self._native, self._vocab_size, self._thread = native, vocab_size, thread
-        self.max_tokens = max_tokens
+        self.max_tokens, self.num_tokens = max_tokens, 0
+
+    def _count(self) -> None:
+        self.num_tokens += 1
 
     def matcher(self, ends: Collection[int]) -> Matcher:
         """The state of one answer. ends: tokens that end it."""
-        return Matcher(self._native.deep_copy, self._vocab_size, ends, self._thread)
+        return Matcher(self._native.deep_copy, self._vocab_size, ends, self._thread, self._count)
 
 
 class GrammarCompiler:
@@ -89,8 +100,8 @@ class GrammarCompiler:
         self._table: Any = None
         self._limits: Any = None
         self._compiled: collections.OrderedDict[Grammar, CompiledGrammar] = collections.OrderedDict()
-        self._masks = ThreadPoolExecutor(1, "sinkrt-grammar")
-        self._builds = ThreadPoolExecutor(2, "sinkrt-grammar-build")
+        self._masks = _executor(1, "sinkrt-grammar")
+        self._builds = _executor(2, "sinkrt-grammar-build")
 
     def compile(self, grammar: Grammar) -> CompiledGrammar:
         """Make a grammar ready, or give what an earlier call has made.
@@ -101,7 +112,7 @@ class GrammarCompiler:
         table = self._the_table()
         with self._lock:
             found = self._compiled.get(grammar)
-            if found is not None:
+            if found is not None and found.num_tokens < RENEWAL_TOKENS:
                 self._compiled.move_to_end(grammar)
                 return found
         building: Future[Any] = self._builds.submit(self._build, table, grammar)
@@ -146,6 +157,21 @@ class GrammarCompiler:
         native = library.LLMatcher(table, text, log_level=0, limits=self._limits)
         _try(native.deep_copy(), self._vocab_size)
         return native
+
+
+def _executor(threads: int, name: str) -> ThreadPoolExecutor:
+    """Threads with a deep stack: all of them are started now, since its size is a setting of the whole process."""
+    executor = ThreadPoolExecutor(threads, name)
+    with _STACKS:
+        before = threading.stack_size(STACK_BYTES)
+        try:
+            all_there = threading.Barrier(threads + 1)
+            for _ in range(threads):
+                executor.submit(all_there.wait)
+            all_there.wait()
+        finally:
+            threading.stack_size(before)
+    return executor
 
 
 def _try(native: Any, vocab_size: int) -> None:

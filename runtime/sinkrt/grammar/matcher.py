@@ -19,12 +19,20 @@ class Matcher:
     """The state of one answer under a grammar.
 
     begin: makes llguidance's matcher, in the thread that will use it. vocab_size: of the model. ends: tokens that end
-    an answer: they are allowed where the grammar may end. thread: runs one function after the other.
+    an answer: they are allowed where the grammar may end. thread: runs one function after the other. count: is called
+    for each token taken.
 
     `take` returns at once; masks come from the thread. So does everything that llguidance does, in the order of calls.
     """
 
-    def __init__(self, begin: Callable[[], Any], vocab_size: int, ends: Collection[int], thread: Executor) -> None:
+    def __init__(
+        self,
+        begin: Callable[[], Any],
+        vocab_size: int,
+        ends: Collection[int],
+        thread: Executor,
+        count: Callable[[], None] = lambda: None,
+    ) -> None:
         self._vocab_size = vocab_size
         bits: dict[int, int] = {}  # of the ends, by the byte that holds them
         for end in ends:
@@ -33,7 +41,7 @@ class Matcher:
         self._end_bytes = np.array(list(bits), dtype=np.int64)
         self._end_bits = np.array(list(bits.values()), dtype=np.uint8)
         self._other_bits = ~self._end_bits
-        self._thread = thread
+        self._thread, self._count = thread, count
         self._num_words = vocab_size // 32 + 1  # one bit a token, and that of the end
         self._native: Any = None
         self._last: tuple[np.ndarray, Allowed] | None = None
@@ -60,6 +68,7 @@ class Matcher:
     def take(self, token: int) -> None:
         """Go on behind a token that is allowed, and begin to find out what may follow it."""
         self._num_tokens += 1
+        self._count()
         self._future = self._thread.submit(self._advance, self._future, [token])
 
     def rollback(self, count: int) -> None:

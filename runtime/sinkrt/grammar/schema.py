@@ -12,6 +12,8 @@ JsonSchema = Mapping[str, Any] | bool
 
 MAX_SCHEMA_BYTES = 2**18
 MAX_SCHEMA_DEPTH = 64
+MAX_REFERENCES = 1000
+"""References in a schema: llguidance follows a chain of them by calls within calls (2,500 ended the process)."""
 DRAFTS = ("draft-04", "draft-06", "draft-07", "2019-09", "2020-12")
 """Parts of ``$schema`` of the versions that are known."""
 WHITE_SPACE = r"[ \n\r\t]{1,32}"
@@ -56,8 +58,12 @@ def checked_schema(schema: JsonSchema | str) -> JsonSchema:
     version = schema.get("$schema")
     if version is not None and not any(draft in str(version) for draft in DRAFTS):
         raise _refused(f"$schema '{version}'", f"one of {', '.join(DRAFTS)}", "leave $schema out")
+    references = 0
     for part in _parts(schema):
         _check_part(part)
+        references += "$ref" in part
+    if references > MAX_REFERENCES:
+        raise _refused(f"{references} references", f"at most {MAX_REFERENCES}", "write some of them out")
     return schema
 
 
@@ -79,6 +85,9 @@ def _check_part(part: Mapping[str, Any]) -> None:
     for name in ("exclusiveMinimum", "exclusiveMaximum"):
         if isinstance(part.get(name), bool):
             raise _refused(f"'{name}' that is true or false, as in draft 4", "a number", "write the bound itself")
+        if name in part and part.get("type") != "integer":
+            # Of a number llguidance 1.9.1 gives the bound itself too: 0 under "exclusiveMinimum": 0.
+            raise _refused(f"'{name}' of numbers", "it with the type integer", "use minimum or maximum")
     least = part.get("minProperties")
     required = part.get("required")
     if isinstance(least, int) and least > max(1, len(required) if isinstance(required, list) else 0):

@@ -32,6 +32,8 @@ def load_speculation(session: BundleSession, wanted: str, open_bundle: Callable[
     Raises: UsageError for another name, a bundle that cannot verify, or a draft bundle that does not fit;
         BundleError, BackendError if that cannot be opened.
     """
+    if not isinstance(wanted, str):
+        raise UsageError(problem("speculate", received=wanted, expected="ngram or draft:DIR", fix="choose one of them"))
     if session.num_drafts:
         if wanted == NGRAM:
             return Speculation(NgramDrafter(), session.num_drafts)

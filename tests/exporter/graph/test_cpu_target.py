@@ -369,6 +369,7 @@ def test_a_node_without_fields(bundle: Path, tmp_path: Path) -> None:
         ("FloatLinear", "in_features", "8x", "in_features: received '8x', expected an integer"),
         ("FloatLinear", "in_features", "", "in_features: received '', expected an integer"),
         ("FloatLinear", "in_features", "8,in_features=8", "fields: received 'in_features' twice"),
+        ("FloatLinear", "in_features", "8\0,newer=1", "a text with a zero byte in it"),
         ("SinkAttention", "scale", "1e999", "scale: received"),
         ("SinkAttention", "scale", "0,5", "fields: received '5'"),
         ("SinkAttention", "qk_norm_epsilon", -1.0, "qk_norm_epsilon: received -1, expected a finite number >= 0"),

@@ -142,6 +142,8 @@ def test_no_room_in_memory_is_the_servers_fault(bundle: Path, tmp_path: Path) ->
         answer = httpx.get(f"{served.url}/v1/conversations/ada")
         assert answer.status_code == 503
         assert "no memory for one more" in answer.json()["error"]["message"]
+        assert httpx.delete(f"{served.url}/v1/conversations/ada").status_code == 200, "that needs no room"
+        assert httpx.get(f"{served.url}/v1/conversations/ada").status_code == 404
 
 
 def test_a_folder_that_cannot_be_written(bundle: Path, tmp_path: Path) -> None:

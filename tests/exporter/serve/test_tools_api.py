@@ -227,6 +227,11 @@ def test_schemas_of_tools_that_are_not_strict_are_hints(served: Served) -> None:
     tools = [{"type": "function", "function": {"name": "f", "parameters": odd}}]
     body = {"messages": [user("hi")], "tools": tools, "tool_choice": "required", "max_tokens": 40}
     ask(served, body)
+    for schema, words in (({}, None), ({"properties": {"a": {}}}, None), ({"type": "array"}, "of the type object")):
+        tools[0]["function"]["parameters"] = schema  # type: ignore[index]
+        answer = ask(served, body, status=200 if words is None else 400)
+        assert words is None or words in answer["error"]["message"]
+    tools[0]["function"]["parameters"] = odd  # type: ignore[index]
     tools[0]["function"]["strict"] = True  # type: ignore[index]
     assert "uniqueItems" in ask(served, body, status=400)["error"]["message"]
 

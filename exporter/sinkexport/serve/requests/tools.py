@@ -40,9 +40,17 @@ class Function(Fields):
         """The function as calls of it are checked."""
         return Tool(self.name, self._schema, bool(self.strict))
 
+    @field_validator("parameters")
+    @classmethod
+    def _is_of_an_object(cls, parameters: dict[str, Any] | None) -> dict[str, Any] | None:
+        if parameters is not None and parameters.get("type", "object") != "object":
+            raise ValueError("expected a schema of the type object: arguments have names")
+        return parameters
+
     @property
     def _schema(self) -> dict[str, Any]:
-        return NO_ARGUMENTS if self.parameters is None else self.parameters
+        """The schema; one that names no type is of an object, which the arguments of a call always are."""
+        return NO_ARGUMENTS if self.parameters is None else {"type": "object", **self.parameters}
 
 
 class ChatTool(Fields):
