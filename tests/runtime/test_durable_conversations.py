@@ -16,6 +16,7 @@ from sinkrt.conversation_folder import MAX_WAITING, ConversationFolder
 from sinkrt.prefix_store import open_prefix_store
 from sinkrt.sampler import SamplingParams
 from sinkrt.scheduler import Scheduler
+from sinkrt.stream_folder import StreamFolder
 
 from tests.runtime.faults import load_faulty
 from tests.runtime.toy import Toy, build_toy, toy_ids
@@ -245,9 +246,9 @@ def test_what_could_not_be_written_is_written_the_next_time(
     session: Session, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     scheduler = scheduler_of(session, tmp_path)
-    for error in (OSError(28, "no space"), MemoryError()):
+    for failing in (mock.Mock(return_value=False), mock.Mock(side_effect=MemoryError)):
         with monkeypatch.context() as patch:
-            patch.setattr("sinkrt.stream_folder.save_stream", mock.Mock(side_effect=error))
+            patch.setattr(StreamFolder, "write", failing)
             say(scheduler, "ada", toy_ids(5))
             scheduler._keeper._folder.read("ada")  # waits for the writer
             assert scheduler._keeper._folder.has_failed("ada")

@@ -456,8 +456,8 @@ def test_long_chains_of_rules_and_references_do_not_end_the_process(compiler: Gr
         compiler.compile(Grammar.of_schema({"$ref": "#/$defs/0", "$defs": {**arrays, "999": {"type": "null"}}}))
 
 
-def test_a_grammar_is_built_anew_after_many_tokens(compiler: GrammarCompiler, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("sinkrt.grammar.compiler.RENEWAL_TOKENS", 5)
+def test_a_grammar_is_built_anew_after_many_tokens() -> None:
+    compiler = GrammarCompiler(Tokenizer(toy_tokenizer(), None), VOCAB_SIZE, renewal_tokens=5)
     grammar = Grammar.of_regex("[a-z]*")
     first = compiler.compile(grammar)
     matcher = first.matcher([])
@@ -467,3 +467,4 @@ def test_a_grammar_is_built_anew_after_many_tokens(compiler: GrammarCompiler, mo
     assert compiler.compile(grammar) is not first
     matcher.take(ord("a"))
     assert matcher.allowed() is not None, "answers that have begun go on"
+    compiler.close()

@@ -24,10 +24,10 @@ BUILD_S = 10.0
 MAX_CACHED = 8
 """Grammars that are kept, the last ones asked for."""
 RENEWAL_TOKENS = 8192
-"""Tokens of answers after which a grammar is built anew: all answers share the states that llguidance makes on the way,
-of which there may be `max_lexer_states`, and lets go of none."""
+"""Tokens of answers after which a grammar is built anew: all answers share the states that llguidance makes on the way.
+It lets go of none, and there may be `max_lexer_states`."""
 STACK_BYTES = 256 * 2**20
-"""Of the threads in which grammars are built and followed: llguidance descends into rules by calls within calls."""
+"""Stack of the threads that build and follow grammars: llguidance descends into rules by calls within calls."""
 TRIED_TOKENS = 4
 """Tokens for which a grammar is followed before it is used."""
 LIMITS = {
@@ -84,6 +84,7 @@ class GrammarCompiler:
     """Makes grammars ready for a tokenizer and the vocabulary of a model. Callable from any thread.
 
     vocab_size: of the model. build_s: longest time to build one. max_tokens: of an answer under one.
+    renewal_tokens: of all answers under one, after which it is built anew.
     """
 
     def __init__(
@@ -93,9 +94,10 @@ class GrammarCompiler:
         *,
         build_s: float = BUILD_S,
         max_tokens: int = MAX_GRAMMAR_TOKENS,
+        renewal_tokens: int = RENEWAL_TOKENS,
     ) -> None:
         self._tokenizer, self._vocab_size, self._build_s = tokenizer, vocab_size, build_s
-        self._max_tokens = max_tokens
+        self._max_tokens, self._renewal_tokens = max_tokens, renewal_tokens
         self._lock = threading.Lock()
         self._table: Any = None
         self._limits: Any = None
@@ -112,7 +114,7 @@ class GrammarCompiler:
         table = self._the_table()
         with self._lock:
             found = self._compiled.get(grammar)
-            if found is not None and found.num_tokens < RENEWAL_TOKENS:
+            if found is not None and found.num_tokens < self._renewal_tokens:
                 self._compiled.move_to_end(grammar)
                 return found
         building: Future[Any] = self._builds.submit(self._build, table, grammar)
