@@ -14,7 +14,7 @@ weights or another cache geometry. Twin of runtime/cpp/include/sinkrt/state.h.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import BinaryIO
 
@@ -83,22 +83,12 @@ def read_state(path: Path, manifest: Manifest) -> dict[str, np.ndarray]:
 
     Raises: StateError if it is missing, truncated, of another version or of another bundle.
     """
-    try:
-        if is_special(path):
-            raise OSError("a device, pipe or socket, no file")
-        with safe_open(path, framework="numpy") as file:
-            check_metadata(path, file.metadata() or {}, manifest)
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
-    except (OSError, SafetensorError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise StateError(
-            problem(
-                "state file",
-                received=f"'{path}' ({reason})",
-                expected="a whole file that save_state wrote",
-                fix="use another save",
-            )
-        ) from error
+
+    def unreadable(reason: str) -> StateError:
+        what, wanted = f"'{path}' ({reason})", "a whole file that save_state wrote"
+        return StateError(problem("state file", received=what, expected=wanted, fix="use another save"))
+
+    tensors = read_tensors(path, manifest, STATE_FORMAT, unreadable)
     wanted = state_tensors(manifest)
     found = {name: (tensor.shape, str(tensor.dtype)) for name, tensor in tensors.items()}
     for name in [*wanted, *found]:
@@ -119,11 +109,26 @@ def read_state(path: Path, manifest: Manifest) -> dict[str, np.ndarray]:
     return tensors
 
 
-def check_metadata(path: Path, metadata: Mapping[str, str], manifest: Manifest, form: str = STATE_FORMAT) -> None:
-    """Make sure that a file is of this form and version, and of this bundle.
+def read_tensors(
+    path: Path, manifest: Manifest, form: str, unreadable: Callable[[str], StateError]
+) -> dict[str, np.ndarray]:
+    """All tensors of a file of this form and version, and of this bundle.
+
+    unreadable: the error for a reason why it cannot be read.
 
     Raises: StateError.
     """
+    try:
+        if is_special(path):
+            raise OSError("a device, pipe or socket, no file")
+        with safe_open(path, framework="numpy") as file:
+            _check_metadata(path, file.metadata() or {}, manifest, form)
+            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
+    except (OSError, SafetensorError) as error:
+        raise unreadable(str(error).splitlines()[0] if str(error) else type(error).__name__) from error
+
+
+def _check_metadata(path: Path, metadata: Mapping[str, str], manifest: Manifest, form: str) -> None:
     checks = (
         ("format", form, "use a file that save_state wrote"),
         ("version", STATE_VERSION, "use the sinkexport version that saved it"),

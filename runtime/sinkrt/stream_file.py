@@ -8,19 +8,19 @@ bundle's fingerprint. Only the file's owner may read it.
 
 from __future__ import annotations
 
+import functools
 import os
 from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
-from safetensors import SafetensorError, safe_open
 
 from sinkrt.contract import Manifest
 from sinkrt.contract.constants import STATE_VERSION, STREAM_FORMAT
 from sinkrt.errors import StateError, problem
-from sinkrt.files import is_special, replacing
+from sinkrt.files import replacing
 from sinkrt.graph_runner import StreamCopy, window_states
-from sinkrt.state import check_metadata, check_range, write_safetensors
+from sinkrt.state import check_range, read_tensors, write_safetensors
 
 
 def save_stream(path: Path, manifest: Manifest, copy: StreamCopy, pending: npt.NDArray[np.int64] | None = None) -> None:
@@ -47,15 +47,7 @@ def read_stream(path: Path, manifest: Manifest) -> tuple[StreamCopy, npt.NDArray
 
     Raises: StateError if it is missing, truncated, of another version or of another bundle.
     """
-    try:
-        if is_special(path):
-            raise OSError("a device, pipe or socket, no file")
-        with safe_open(path, framework="numpy") as file:
-            check_metadata(path, file.metadata() or {}, manifest, STREAM_FORMAT)
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
-    except (OSError, SafetensorError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise _other(path, reason) from error
+    tensors = read_tensors(path, manifest, STREAM_FORMAT, functools.partial(_other, path))
     stream = manifest.stream
     shapes = {
         **{state.input: (state.shape[1:], state.dtype) for state in manifest.states},

@@ -8,7 +8,8 @@ from typing import Protocol, TypeVar
 
 import onnx_ir as ir
 
-from sinkexport.graph.edit import is_weight, known_shape, only_user, operand
+from sinkexport.graph.builder import Builder
+from sinkexport.graph.edit import drop_unused, is_weight, known_shape, only_user, operand, replace_node
 
 
 class Additive(Protocol):
@@ -25,6 +26,13 @@ class Additive(Protocol):
     @property
     def is_bare(self) -> bool:
         """Whether nothing follows the matmul but a bias."""
+
+
+class Writable(Additive, Protocol):
+    """One that is written as nodes."""
+
+    def write(self, b: Builder) -> ir.Value:
+        """Make its nodes. Returns: its result."""
 
 
 Matmul = TypeVar("Matmul", bound=Additive)
@@ -52,6 +60,23 @@ def with_addition(node: ir.Node, linear: Matmul) -> tuple[ir.Node, Matmul] | Non
     if view is not None and known_shape(node.outputs[0]) != shape:
         return None
     return addition, dataclasses.replace(linear, residual=other)  # type: ignore[type-var]
+
+
+def take_additions(graph: ir.Graph, node: ir.Node, linear: Writable, is_linear: Callable[[ir.Node], bool]) -> bool:
+    """Let a matmul take over what is added to its result, one Add after the other. Returns: whether there was any.
+
+    is_linear: finds its node among those that it writes.
+    """
+    modified = False
+    while (found := with_addition(node, linear)) is not None:
+        addition, linear = found
+        b = Builder(graph)
+        out = linear.write(b)
+        replace_node(addition, b.nodes, [b.reshape(out, known_shape(addition.outputs[0]))])
+        drop_unused(graph)
+        (node,) = (one for one in b.nodes if is_linear(one))
+        modified = True
+    return modified
 
 
 def keeps_rows(node: ir.Node) -> bool:

@@ -13,7 +13,7 @@ from __future__ import annotations
 import numpy as np
 import onnx_ir as ir
 
-from sinkexport.graph.attention.chunk_positions import ChunkPositions
+from sinkexport.graph.attention.chunk_parts import ChunkParts
 from sinkexport.graph.attention.parts import FLOAT
 from sinkexport.graph.edit import constant, known_shape
 from sinkexport.graph.operators import Input
@@ -22,39 +22,21 @@ Written = tuple[list[ir.Value], list[ir.Value], list[ir.Value]]
 """States of the window, then keys and values of it, [B, Hkv, W, D or Dv], and of evicted rows, [.., T, ..]."""
 
 
-class ChunkAttention(ChunkPositions):
+class ChunkAttention(ChunkParts):
     """Expands one node with T > 1. t: position of a token; p: position of the first; n: num_valid."""
 
     def expand(self) -> None:
-        b, rows = self.b, self.group * self.num_tokens
         sinks, (states, window, evicted) = self.written(lambda: (self._write_sinks(), self._write_window()))
         q = self.scaled(self.q)
         parts = [(q, *window), (q, *evicted)]
         if sinks:
             # A sink inside this very chunk is at its true distance, which a shift of 0 gives: t <= S + W - 2 = C - 2.
             parts.insert(0, (self.turned_back(q), *sinks))
-        heads = (self.batch, self.num_kv_heads)
-        lengths = [known_shape(keys)[2] for _, keys, _ in parts]
-        entries = sum(lengths)
-        logits = [
-            b.matmul(b.reshape(query, (*heads, rows, self.head_dim)), self.transposed(keys)) for query, keys, _ in parts
-        ]  # [B, Hkv, G*T, S], [.., W] and [.., T]
-        grouped = (*heads, self.group, self.num_tokens)
-        if self.has_sink_scale:
-            logits = [b.reshape(part, (*grouped, length)) for part, length in zip(logits, lengths, strict=True)]
-            logits = self.with_sink_scale(logits, (1, self.num_kv_heads, self.group, 1, self.num_sinks))
-        joined = b.op("Concat", logits, (*known_shape(logits[0])[:-1], entries), axis=-1)
-        joined = b.reshape(joined, (*grouped, entries))
-        joined = joined if self.has_sink_scale else self.softcapped(joined)
-        weights, mass = self.normalised(b.op("Add", [joined, self._mask()])), None
+        weights, mass = self.weights_of(parts), None
         if self.mass is not None:
             weights, mass = self._calibrated(weights, self.mass)
         weights = self.with_affine(weights, self._share)
-        # The values are joined: they are fewer than the weights, which would have to be cut up otherwise.
-        values = b.op("Concat", [part[2] for part in parts], (*heads, entries, self.value_dim), axis=-2)
-        out = b.matmul(b.reshape(weights, (*heads, rows, entries)), values)  # [B, Hkv, G*T, Dv]
-        out = b.reshape(out, (self.batch, self.num_q_heads, self.num_tokens, self.value_dim))
-        self.replace_node(out, sinks, states, mass)
+        self.replace_node(self.output_of(weights, parts), sinks, states, mass)
 
     def _calibrated(self, weights: ir.Value, mass: ir.Value) -> tuple[ir.Value, ir.Value]:
         """weights [B, Hkv, G, T, S + W + T], calibrated, and attention_mass after the chunk.

@@ -10,7 +10,7 @@ from __future__ import annotations
 import numpy as np
 import onnx_ir as ir
 
-from sinkexport.graph.attention.chunk_positions import ChunkPositions
+from sinkexport.graph.attention.chunk_parts import ChunkParts
 from sinkexport.graph.attention.int8_rows import as_float, cast, new_int8_rows
 from sinkexport.graph.attention.parts import FLOAT
 from sinkexport.graph.builder import Builder
@@ -21,39 +21,25 @@ Rows = tuple[list[ir.Value], list[ir.Value], list[ir.Value]]
 """New rows for the sinks and for the window's states, as they are stored, and keys and values as tokens see them."""
 
 
-class VerifyAttention(ChunkPositions):
+class VerifyAttention(ChunkParts):
     """Expands one node. t: position of a token; p: position of the first. No token sees a later one, so how many count
     makes no difference here."""
 
     def expand(self) -> None:
         if self.mass is not None:
             raise ValueError(f"'{self.node.name}': attention_mass is written by every token; drafts cannot be verified")
-        b, rows = self.b, self.group * self.num_tokens
         sinks, states, seen = self.written(self._new_rows)
         q = self.scaled(self.q)
         parts = [(q, *self._window()), (q, *seen)]
         if self.num_sinks:
             # A sink inside the draft is at its true distance: t <= S + W - 2 = C - 2, as in a chunk.
             parts.insert(0, (self.turned_back(q), *self._old_sinks()))
-        heads = (self.batch, self.num_kv_heads)
-        lengths = [known_shape(keys)[2] for _, keys, _ in parts]
-        entries = sum(lengths)
-        logits = [
-            b.matmul(b.reshape(query, (*heads, rows, self.head_dim)), self.transposed(keys)) for query, keys, _ in parts
-        ]  # [B, Hkv, G*T, S], [.., W] and [.., T]
-        grouped = (*heads, self.group, self.num_tokens)
-        if self.has_sink_scale:
-            logits = [b.reshape(part, (*grouped, length)) for part, length in zip(logits, lengths, strict=True)]
-            logits = self.with_sink_scale(logits, (1, self.num_kv_heads, self.group, 1, self.num_sinks))
-            logits[-1] = b.op("Add", [logits[-1], self._scale_of_token_0()])
-        joined = b.op("Concat", logits, (*known_shape(logits[0])[:-1], entries), axis=-1)
-        joined = b.reshape(joined, (*grouped, entries))
-        joined = joined if self.has_sink_scale else self.softcapped(joined)
-        weights = self.with_affine(self.normalised(b.op("Add", [joined, self._mask()])), self._share)
-        values = b.op("Concat", [part[2] for part in parts], (*heads, entries, self.value_dim), axis=-2)
-        out = b.matmul(b.reshape(weights, (*heads, rows, entries)), values)  # [B, Hkv, G*T, Dv]
-        out = b.reshape(out, (self.batch, self.num_q_heads, self.num_tokens, self.value_dim))
-        self.replace_node(out, sinks, states)
+        weights = self.with_affine(self.weights_of(parts), self._share)
+        self.replace_node(self.output_of(weights, parts), sinks, states)
+
+    def _scaled(self, logits: list[ir.Value]) -> list[ir.Value]:
+        logits = super()._scaled(logits)
+        return [*logits[:-1], self.b.op("Add", [logits[-1], self._scale_of_token_0()])]
 
     def _new_rows(self) -> Rows:
         new = self.as_keys_and_values([self.k] if self.latent_dim else [self.k, self.v])

@@ -18,7 +18,7 @@ from sinkexport.graph.cpu_nodes import (
 )
 from sinkexport.graph.edit import drop_unused, is_weight, known_shape, only_user, operand, replace_node
 from sinkexport.graph.graph_pass import GraphPass
-from sinkexport.graph.linear_fusion import with_addition
+from sinkexport.graph.linear_fusion import take_additions
 
 FLOAT = ir.DataType.FLOAT
 
@@ -34,14 +34,7 @@ class FuseCpuAdditions(GraphPass):
         graph = model.graph
         modified = drop_unused(graph)  # a view that nothing reads would stand in the way
         for node, linear in find_linears(graph):
-            while (found := with_addition(node, linear)) is not None:
-                addition, linear = found
-                b = Builder(graph)
-                out = linear.write(b)
-                replace_node(addition, b.nodes, [b.reshape(out, known_shape(addition.outputs[0]))])
-                drop_unused(graph)
-                (node,) = (one for one in b.nodes if one.op_type == linear.op_type)
-                modified = True
+            modified |= take_additions(graph, node, linear, is_linear)
         for node, linear in find_linears(graph):
             modified |= _moved_to_first(graph, node, linear)
         modified |= absorb(graph, find_expert_linears(graph), _with_addition_to_sums)

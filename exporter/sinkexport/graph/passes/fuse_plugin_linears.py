@@ -14,7 +14,7 @@ import onnx_ir as ir
 from sinkexport.graph.builder import Builder
 from sinkexport.graph.edit import drop_unused, known_shape, operand, replace_node
 from sinkexport.graph.graph_pass import GraphPass
-from sinkexport.graph.linear_fusion import is_only_input_of, source_of_rows, with_addition
+from sinkexport.graph.linear_fusion import is_only_input_of, source_of_rows, take_additions
 from sinkexport.graph.operators import DOMAIN, GATED_ACTIVATION, RMS_NORM
 from sinkexport.graph.plugin_linears import GATE_MULTIPLE, PluginLinear, find_plugin_linears, is_plugin_linear
 
@@ -30,26 +30,13 @@ class FusePluginLinears(GraphPass):
         graph = model.graph
         modified = drop_unused(graph)  # a view that nothing reads would stand in the way
         for node, linear in find_plugin_linears(graph):
-            modified |= _take_additions(graph, node, linear)
+            modified |= take_additions(graph, node, linear, is_plugin_linear)
         for node, linear in find_plugin_linears(graph):
             modified |= _take_norm(graph, node, linear)
         for node in list(graph):
             modified |= node.domain == DOMAIN and node.op_type == GATED_ACTIVATION and _give_gate(graph, node)
         drop_unused(graph)
         return ir.passes.PassResult(model, modified)
-
-
-def _take_additions(graph: ir.Graph, node: ir.Node, linear: PluginLinear) -> bool:
-    modified = False
-    while (found := with_addition(node, linear)) is not None:
-        addition, linear = found
-        b = Builder(graph)
-        out = linear.write(b)
-        replace_node(addition, b.nodes, [b.reshape(out, known_shape(addition.outputs[0]))])
-        drop_unused(graph)
-        (node,) = (one for one in b.nodes if is_plugin_linear(one))
-        modified = True
-    return modified
 
 
 def _take_norm(graph: ir.Graph, node: ir.Node, linear: PluginLinear) -> bool:
